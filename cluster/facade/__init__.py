@@ -1,0 +1,32 @@
+"""What users import: `from manta import LLM, SamplingParams`. Names load on first use, so `import manta` is free."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from manta.cluster.llm import LLM
+    from manta.configs.sampling import SamplingParams
+
+__all__ = ["LLM", "SamplingParams", "__version__"]
+
+_HOMES = {"LLM": "manta.cluster.llm", "SamplingParams": "manta.configs.sampling"}
+
+# In a wheel the other folders lie beside this file. In a checkout (an editable install) they lie two levels up, and
+# the editable finder looks for packages without an __init__.py only under namespace packages, which `manta` is not.
+_here = Path(__file__).parent
+if _here.name == "facade":
+    __path__.append(str(_here.parents[1]))
+
+
+def __getattr__(name: str) -> Any:
+    from importlib import import_module, metadata
+
+    if name == "__version__":
+        return metadata.version("manta")
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'manta' has no attribute {name!r}; it offers {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,194 @@
+"""What a checkpoint's config.json says about the model, for the architectures Manta serves."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+DType = Literal["bfloat16", "float16", "float32"]
+
+ARCHITECTURES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}
+_DTYPES: dict[str, DType] = {
+    "bfloat16": "bfloat16", "bf16": "bfloat16",
+    "float16": "float16", "half": "float16", "fp16": "float16",
+    "float32": "float32", "float": "float32", "fp32": "float32",
+}  # fmt: skip
+
+
+class ModelError(ValueError):
+    """The checkpoint cannot be served; the message says why and what would work."""
+
+
+class RopeSpec(BaseModel):
+    """Rotary embedding. `kind` "llama3" uses all fields (Llama 3.1), "linear" uses factor (vicuna-16k)."""
+
+    model_config = ConfigDict(frozen=True)
+
+    theta: float = 10000.0
+    kind: Literal["default", "linear", "llama3"] = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position: int = 8192
+
+
+class ModelSpec(BaseModel):
+    """The shape of a decoder, architecture differences spelled out as fields. Frozen."""
+
+    model_config = ConfigDict(frozen=True)
+
+    architecture: str
+    family: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope: RopeSpec
+    max_position: int
+    windows: tuple[int | None, ...]  # per layer: attention reaches back this many tokens, itself included; None: all
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    tie_word_embeddings: bool
+    dtype: DType
+    eos_token_ids: tuple[int, ...]
+    bos_token_id: int | None
+
+    @property
+    def num_weights(self) -> int:
+        """Parameters of the whole model."""
+        attention = self.hidden_size * self.head_dim * 2 * (self.num_heads + self.num_kv_heads)
+        layer = attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        return embeddings + self.num_layers * layer + self.hidden_size
+
+    def kv_bytes_per_token(self, dtype_bytes: int) -> int:
+        """K and V of one token over all layers and KV heads."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * dtype_bytes
+
+
+def read_model_spec(folder: Path) -> ModelSpec:
+    """Parses `folder/config.json` (and generation_config.json for end-of-sequence ids). Raises ModelError."""
+    if not folder.is_dir():
+        raise ModelError(f"model folder {str(folder)!r} does not exist")
+    config = _read_json(folder / "config.json")
+    if config is None:
+        raise ModelError(f"{str(folder)!r} has no config.json: it is not a Hugging Face model folder")
+    generation = _read_json(folder / "generation_config.json") or {}
+    return parse_model_spec(config, generation)
+
+
+def parse_model_spec(config: dict[str, Any], generation: dict[str, Any]) -> ModelSpec:
+    """Builds the spec from parsed JSON. Raises ModelError for what Manta does not serve."""
+    names = config.get("architectures") or ["(none)"]
+    architecture = names[0]
+    if architecture not in ARCHITECTURES:
+        raise ModelError(f"architecture {architecture!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
+    if config.get("quantization_config"):
+        raise ModelError("quantized checkpoints are not supported; use one with bf16, fp16 or fp32 weights")
+    family = ARCHITECTURES[architecture]
+    try:
+        num_heads = int(config["num_attention_heads"])
+        num_layers = int(config["num_hidden_layers"])
+        hidden_size = int(config["hidden_size"])
+        max_position = int(config.get("max_position_embeddings") or config.get("max_sequence_length") or 2048)
+        attention_bias = bool(config.get("attention_bias", False))
+        return ModelSpec(
+            architecture=architecture,
+            family=family,
+            vocab_size=int(config["vocab_size"]),
+            hidden_size=hidden_size,
+            intermediate_size=int(config["intermediate_size"]),
+            num_layers=num_layers,
+            num_heads=num_heads,
+            num_kv_heads=int(config.get("num_key_value_heads") or num_heads),
+            head_dim=int(config.get("head_dim") or hidden_size // num_heads),
+            rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+            rope=_rope(config, max_position),
+            max_position=max_position,
+            windows=_windows(config, family, num_layers),
+            qkv_bias=family == "qwen2" or (family != "mistral" and attention_bias),
+            o_bias=family in ("llama", "qwen3") and attention_bias,
+            mlp_bias=family == "llama" and bool(config.get("mlp_bias", False)),
+            qk_norm=family == "qwen3",
+            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+            dtype=_dtype(config),
+            eos_token_ids=_token_ids(generation.get("eos_token_id", config.get("eos_token_id"))),
+            bos_token_id=next(iter(_token_ids(config.get("bos_token_id"))), None),
+        )
+    except KeyError as error:
+        raise ModelError(f"config.json lacks {error.args[0]!r}") from None
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} must hold a JSON object")
+    return value
+
+
+def _dtype(config: dict[str, Any]) -> DType:
+    name = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    if name not in _DTYPES:
+        raise ModelError(f"weights of dtype {name!r} are not supported; use bfloat16, float16 or float32")
+    return _DTYPES[name]
+
+
+def _token_ids(value: Any) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, list) else (int(value),)
+
+
+def _rope(config: dict[str, Any], max_position: int) -> RopeSpec:
+    """transformers 5 writes `rope_parameters`; earlier ones `rope_theta` and `rope_scaling`."""
+    params = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
+    theta = float(params.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    kind = params.get("rope_type") or params.get("type") or "default"
+    if float(params.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0) != 1.0:
+        raise ModelError("partial rotary embeddings are not supported")
+    if kind == "default":
+        return RopeSpec(theta=theta)
+    if kind == "linear":
+        return RopeSpec(theta=theta, kind="linear", factor=float(params["factor"]))
+    if kind == "llama3":
+        return RopeSpec(
+            theta=theta,
+            kind="llama3",
+            factor=float(params["factor"]),
+            low_freq_factor=float(params["low_freq_factor"]),
+            high_freq_factor=float(params["high_freq_factor"]),
+            original_max_position=int(params.get("original_max_position_embeddings") or max_position),
+        )
+    raise ModelError(f"rope scaling {kind!r} is not supported; supported: default, linear, llama3")
+
+
+def _windows(config: dict[str, Any], family: str, num_layers: int) -> tuple[int | None, ...]:
+    window = config.get("sliding_window")
+    layer_types = config.get("layer_types")
+    if family == "llama" or not window:
+        return (None,) * num_layers
+    if layer_types:
+        return tuple(int(window) if kind == "sliding_attention" else None for kind in layer_types)
+    if family == "mistral":
+        return (int(window),) * num_layers
+    if not config.get("use_sliding_window", False):
+        return (None,) * num_layers
+    first = int(config.get("max_window_layers", num_layers))
+    return tuple(int(window) if layer >= first else None for layer in range(num_layers))

@@ -1,0 +1,121 @@
+"""What goes into the scheduler and what comes out. The proto in `protos/worker.proto` mirrors StepPlan and StepResult
+and states the rules by which a worker turns differences into rows."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Tokens = NDArray[np.int32]
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt to be continued once. `sampling` is opaque here and handed to the worker as it is."""
+
+    id: int                              # unique among the requests the scheduler holds
+    prompt: Tokens
+    max_tokens: int                      # generated tokens in all, `output` included
+    sampling: Any = None
+    stop_token_ids: frozenset[int] = frozenset()  # end-of-sequence ids included unless the request ignores them
+    min_tokens: int = 0                  # stop_token_ids do not count before so many generated tokens
+    arrival_s: float = 0.0
+    priority: int = 0                    # lower runs first under the "priority" policy
+    tenant: str = ""
+    adapter: str = ""
+    salt: bytes = b""                    # requests share cached blocks only under the same salt
+    output: Tokens = field(default_factory=lambda: np.empty(0, np.int32))  # generated elsewhere before (a resubmit)
+    name: str = ""                       # the client's request id, for people
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What one replica can hold, as its workers report it."""
+
+    num_blocks: int
+    block_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    num_lanes: int = 1                   # pipeline stages: a sequence runs in every num_lanes-th step at most
+
+    @property
+    def max_in_flight(self) -> int:
+        """Plans sent and not yet answered: enough that the device never waits for the next one."""
+        return self.num_lanes + 1
+
+
+@dataclass(frozen=True, slots=True)
+class SeqAdd:
+    slot: int
+    lane: int
+    tokens: Tokens                       # prompt, and after a preemption what was generated so far
+    num_prompt_tokens: int
+    num_computed: int
+    max_length: int
+    blocks: list[int]
+    sampling: Any
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """Differences against the replica's previous plan, applied in the order of the fields."""
+
+    epoch: int
+    step: int
+    lane: int
+    frees: list[int]                     # slots
+    adds: list[SeqAdd]
+    grow: list[tuple[int, int]]          # (slot, block)
+    copies: list[tuple[int, int]]        # (source block, destination block)
+    holds: list[int]                     # decoding slots of this lane that sit out this step
+    prefill: list[tuple[int, int]]       # (slot, tokens to compute)
+    num_decodes: int                     # for metrics and step deadlines; not sent
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    epoch: int
+    step: int
+    tokens: Tokens                       # one per sampled row, in row order
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A request got its first slot."""
+
+    request: Request
+    num_cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    request: Request
+    reason: FinishReason
+    stop_token: int | None = None
+    num_output_tokens: int = 0
+
+
+@dataclass(slots=True)
+class Events:
+    """What the outside must hear of after a call. `requests[i]` got `tokens[i]`; a stop token is among them."""
+
+    requests: list[Request] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    started: list[Started] = field(default_factory=list)
+    finished: list[Finished] = field(default_factory=list)
+
+
+class RefusedError(ValueError):
+    """The request was not taken; the message is one sentence for the user."""
+
+
+class TooLongError(RefusedError):
+    """It can never fit the context or the pool; retrying cannot help."""
+
+
+class QueueFullError(RefusedError):
+    """It may be taken later."""
