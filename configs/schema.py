@@ -1,26 +1,23 @@
 """The configuration of one served model. Flags of `manta serve`, keys of a --config file and keywords of `LLM` are
 these fields; nothing else configures Manta."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import AliasChoices, BaseModel, ByteSize, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, model_validator
 
 DTypeChoice = Literal["auto", "bfloat16", "float16", "float32"]
 
 
 def option(default: Any, group: str, help: str, short: str | None = None, **constraints: Any) -> Any:
-    """A field with the heading it is listed under in --help and, for a few, a second short name."""
-    extra = {"group": group}
-    if short:
-        constraints["validation_alias"] = AliasChoices(short)
-        extra["short"] = short
+    """A field with the heading it is listed under in --help and, for a few, a short flag such as -tp."""
+    extra: dict[str, Any] = {"group": group, "short": short}
     return Field(default, description=help, json_schema_extra=extra, **constraints)
 
 
 class ServeConfig(BaseModel):
     """Everything a deployment is told. Frozen; raises pydantic.ValidationError naming the field and what would work."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     # fmt: off
     model: str = option(..., "Model", "local Hugging Face folder or hub id")
@@ -43,7 +40,7 @@ class ServeConfig(BaseModel):
 
     gpu_memory_utilization: float = option(0.9, "KV cache", "share of a GPU's memory for weights, activations and KV blocks", gt=0.0, le=1.0)
     kv_cache_memory_bytes: ByteSize | None = option(None, "KV cache", "bytes of KV blocks per rank, such as 4GiB; unset: on a CPU a quarter of the free memory shared by the ranks, at most 4 GiB")
-    block_size: Literal[8, 16, 32, 64, 128] = option(16, "KV cache", "tokens per KV block")
+    block_size: int = option(16, "KV cache", "tokens per KV block, a power of two", ge=8, le=256)
     num_gpu_blocks_override: int | None = option(None, "KV cache", "KV blocks, instead of what the profiling run finds", ge=2)
     enable_prefix_caching: bool = option(True, "KV cache", "reuse KV blocks of equal prompt prefixes")
 
@@ -68,6 +65,8 @@ class ServeConfig(BaseModel):
                 f"max_num_batched_tokens={self.max_num_batched_tokens} must be at least max_num_seqs="
                 f"{self.max_num_seqs}: every running sequence takes one token of a step"
             )
+        if self.block_size & (self.block_size - 1):
+            raise ValueError(f"block_size={self.block_size} must be a power of two")
         if self.port and self.port == self.grpc_port:
             raise ValueError(f"port and grpc_port are both {self.port}; they must differ")
         return self
@@ -81,6 +80,3 @@ class ServeConfig(BaseModel):
     def num_ranks(self) -> int:
         """Workers of one replica."""
         return self.tensor_parallel_size * self.pipeline_parallel_size
-
-
-Rank = Annotated[int, Field(ge=0)]
