@@ -1,0 +1,162 @@
+"""The ranks of one replica: tp_size ranks split every layer, pp_size stages split the layers.
+
+Process groups are held by the mesh itself, so one process may hold several and nothing reads a global rank. Gloo
+carries tensors of CPU ranks, NCCL those of CUDA ranks.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+MAX_PENDING_SENDS = 8  # more than the steps in flight between two stages
+
+
+class MeshError(RuntimeError):
+    """Ranks could not join or lost each other; the message names the rank and the reason."""
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Where a rank stands among the ranks of its replica, and what it says to them.
+
+    Every method is a collective or a matched send and receive: all ranks concerned call it in the same order.
+    """
+
+    tp_rank: int
+    tp_size: int
+    pp_rank: int
+    pp_size: int
+    device: torch.device
+    _tp_group: Any = None       # tp ranks of this stage
+    _hidden_group: Any = None   # stages of this tp rank
+    _tokens_group: Any = None   # the same ranks; apart, so that NCCL's two directions cannot wait for each other
+    _store: Any = None          # must outlive the groups
+    _pending_sends: deque[tuple[Any, Tensor]] = field(default_factory=deque)  # work and the tensor it still reads
+
+    @staticmethod
+    def single(device: torch.device) -> "Mesh":
+        """One rank alone, without process groups."""
+        return Mesh(tp_rank=0, tp_size=1, pp_rank=0, pp_size=1, device=device)
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp_size - 1
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """Sums x over the tp ranks in place and returns it."""
+        if self.tp_size > 1:
+            self._tp_group.allreduce([x]).wait()
+        return x
+
+    def all_gather_last_dim(self, x: Tensor) -> Tensor:
+        """[..., n] of each tp rank -> [..., tp_size * n] on all of them, in rank order."""
+        if self.tp_size == 1:
+            return x
+        parts = [torch.empty_like(x) for _ in range(self.tp_size)]
+        self._tp_group.allgather([parts], [x.contiguous()]).wait()
+        return torch.cat(parts, dim=-1)
+
+    def broadcast_from_tp0(self, x: Tensor) -> Tensor:
+        """Overwrites x by tp rank 0's and returns it."""
+        if self.tp_size > 1:
+            self._tp_group.broadcast(x, 0).wait()
+        return x
+
+    def send_hidden(self, x: Tensor) -> None:
+        """Sends x [T, hidden] to the next stage; returns at once."""
+        self._send(self._hidden_group, x, self.pp_rank + 1)
+
+    def recv_hidden(self, num_tokens: int, hidden_size: int, dtype: torch.dtype) -> Tensor:
+        """Hidden states [num_tokens, hidden_size] of the previous stage."""
+        x = torch.empty(num_tokens, hidden_size, dtype=dtype, device=self.device)
+        self._hidden_group.recv([x], self.pp_rank - 1, 0).wait()
+        return x
+
+    def send_tokens(self, x: Tensor) -> None:
+        """Sends sampled ids int64 [n] from the last stage to the first one; returns at once."""
+        self._send(self._tokens_group, x, 0)
+
+    def recv_tokens(self, n: int) -> Tensor:
+        """Sampled ids int64 [n] of the last stage."""
+        x = torch.empty(n, dtype=torch.int64, device=self.device)
+        self._tokens_group.recv([x], self.pp_size - 1, 0).wait()
+        return x
+
+    def destroy(self) -> None:
+        """Ends the groups. Other ranks' calls that are under way fail."""
+        self._pending_sends.clear()
+        for name in ("_tp_group", "_hidden_group", "_tokens_group", "_store"):
+            object.__setattr__(self, name, None)
+
+    def _send(self, group: Any, x: Tensor, to_stage: int) -> None:
+        x = x.contiguous()
+        self._pending_sends.append((group.send([x], to_stage, 0), x))
+        # Gloo marks a send as complete only in wait(); a send that old is long done, so waiting costs nothing.
+        while self._pending_sends[0][0].is_completed() or len(self._pending_sends) > MAX_PENDING_SENDS:
+            self._pending_sends.popleft()[0].wait()
+            if not self._pending_sends:
+                break
+
+
+def open_store() -> tuple[dist.TCPStore, int]:
+    """Opens the rendezvous store on a free port of this host. Returns it and the port; rank 0 alone does this."""
+    store = dist.TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False)
+    return store, int(store.port)
+
+
+def connect_mesh(
+    *,
+    tp_rank: int,
+    tp_size: int,
+    pp_rank: int,
+    pp_size: int,
+    device: torch.device,
+    timeout_s: float,
+    store: dist.Store | None = None,
+    host: str = "",
+    port: int = 0,
+) -> Mesh:
+    """Joins the replica's ranks; returns when all have.
+
+    Rank 0 passes the `store` it opened, the others its `host` and `port`. `timeout_s` also bounds every later
+    collective. Raises MeshError.
+    """
+    if tp_size == pp_size == 1:
+        return Mesh.single(device)
+    timeout = timedelta(seconds=timeout_s)
+    rank = pp_rank * tp_size + tp_rank
+    try:
+        if store is None:
+            store = dist.TCPStore(host, port, is_master=False, timeout=timeout)
+        store.set_timeout(timeout)
+        tp_group = _group(store, f"tp/{pp_rank}", tp_rank, tp_size, device, timeout)
+        hidden_group = _group(store, f"hidden/{tp_rank}", pp_rank, pp_size, device, timeout)
+        tokens_group = _group(store, f"tokens/{tp_rank}", pp_rank, pp_size, device, timeout)
+    except RuntimeError as error:
+        where = f"{host}:{port}" if host else "its own store"
+        raise MeshError(
+            f"rank {rank} (tp {tp_rank} of {tp_size}, stage {pp_rank} of {pp_size}) could not join through {where} "
+            f"within {timeout_s:g} s: {error}"
+        ) from error
+    return Mesh(tp_rank, tp_size, pp_rank, pp_size, device, tp_group, hidden_group, tokens_group, store)
+
+
+def _group(store: dist.Store, name: str, rank: int, size: int, device: torch.device, timeout: timedelta) -> Any:
+    """A process group of its own under `name`; None if this rank would be alone in it."""
+    if size == 1:
+        return None
+    scope = dist.PrefixStore(name, store)
+    if device.type != "cuda":
+        return dist.ProcessGroupGloo(scope, rank, size, timeout)
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = timeout
+    return dist.ProcessGroupNCCL(scope, rank, size, options)
