@@ -19,44 +19,66 @@ class ServeConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    # fmt: off
     model: str = option(..., "Model", "local Hugging Face folder or hub id")
     served_model_name: str | None = option(None, "Model", "name clients use; the model's own path if unset")
     tokenizer: str | None = option(None, "Model", "tokenizer folder or hub id; the model's if unset")
     dtype: DTypeChoice = option("auto", "Model", "weights and activations; auto follows the checkpoint")
-    max_model_len: int | None = option(None, "Model", "prompt plus output, in tokens; the model's own limit if unset", ge=1)
+    max_model_len: int | None = option(
+        None, "Model", "prompt plus output, in tokens; the model's own limit if unset", ge=1
+    )
     trust_remote_code: bool = option(False, "Model", "let the tokenizer run code from the model folder")
-    load_format: Literal["auto", "safetensors", "dummy"] = option("auto", "Model", "dummy gives random weights, for measurements")
+    load_format: Literal["auto", "safetensors", "dummy"] = option(
+        "auto", "Model", "dummy gives random weights, for measurements"
+    )
     seed: int = option(0, "Model", "seed of random weights and of unseeded requests' seeds", ge=0, le=2**32 - 1)
     chat_template: str | None = option(None, "Model", "jinja file or text used instead of the tokenizer's own")
     enforce_eager: bool = option(False, "Model", "run without CUDA graphs (no effect on the CPU)")
 
     tensor_parallel_size: int = option(1, "Parallelism", "ranks that split every layer", short="tp", ge=1, le=64)
     pipeline_parallel_size: int = option(1, "Parallelism", "stages that split the layers", short="pp", ge=1, le=64)
-    data_parallel_size: int = option(1, "Parallelism", "replicas of the model under one scheduler", short="dp", ge=1, le=256)
+    data_parallel_size: int = option(
+        1, "Parallelism", "replicas of the model under one scheduler", short="dp", ge=1, le=256
+    )
     device: Literal["auto", "cpu", "cuda"] = option("auto", "Parallelism", "auto takes CUDA where there is one")
-    distributed_executor_backend: Literal["ray", "local"] = option("ray", "Parallelism", "what starts the processes: Ray actors, or plain processes on this host")
-    ray_address: str | None = option(None, "Parallelism", "Ray cluster to join; unset joins the one this process runs in or starts a local one")
+    distributed_executor_backend: Literal["ray", "local"] = option(
+        "ray", "Parallelism", "what starts the processes: Ray actors, or plain processes"
+    )
+    ray_address: str | None = option(
+        None, "Parallelism", "Ray cluster to join; unset: that of RAY_ADDRESS, or a new local one"
+    )
 
-    gpu_memory_utilization: float = option(0.9, "KV cache", "share of a GPU's memory for weights, activations and KV blocks", gt=0.0, le=1.0)
-    kv_cache_memory_bytes: ByteSize | None = option(None, "KV cache", "bytes of KV blocks per rank, such as 4GiB; unset: on a CPU a quarter of the free memory shared by the ranks, at most 4 GiB")
+    gpu_memory_utilization: float = option(
+        0.9, "KV cache", "share of a GPU's memory for weights, activations and KV blocks", gt=0.0, le=1.0
+    )
+    kv_cache_memory_bytes: ByteSize | None = option(
+        None,
+        "KV cache",
+        "bytes of KV blocks per rank, such as 4GiB; unset on a CPU: a quarter of free memory over all ranks, at most 4GiB",
+    )
     block_size: int = option(16, "KV cache", "tokens per KV block, a power of two", ge=8, le=256)
-    num_gpu_blocks_override: int | None = option(None, "KV cache", "KV blocks, instead of what the profiling run finds", ge=2)
+    num_gpu_blocks_override: int | None = option(
+        None, "KV cache", "KV blocks, instead of what the profiling run finds", ge=2
+    )
     enable_prefix_caching: bool = option(True, "KV cache", "reuse KV blocks of equal prompt prefixes")
 
     max_num_seqs: int = option(256, "Scheduler", "sequences that run at once, per replica", ge=1, le=65536)
     max_num_batched_tokens: int = option(2048, "Scheduler", "tokens computed in one step, per replica", ge=1)
     enable_chunked_prefill: bool = option(True, "Scheduler", "let a long prompt take several steps")
-    scheduling_policy: Literal["fcfs", "priority"] = option("fcfs", "Scheduler", "order of the queue; priority: lower value first")
+    scheduling_policy: Literal["fcfs", "priority"] = option(
+        "fcfs", "Scheduler", "order of the queue; priority: lower value first"
+    )
     max_num_queued_reqs: int = option(4096, "Scheduler", "requests that may wait; one more gets 503", ge=1)
-    max_num_queued_tokens: int | None = option(None, "Scheduler", "prompt tokens that may wait, all requests together", ge=1)
+    max_num_queued_tokens: int | None = option(
+        None, "Scheduler", "prompt tokens that may wait, all requests together", ge=1
+    )
 
     host: str = option("0.0.0.0", "Front end", "address to listen on")
     port: int = option(8000, "Front end", "HTTP port", ge=0, le=65535)
     grpc_port: int = option(50051, "Front end", "gRPC port", ge=0, le=65535)
     api_server_count: int = option(1, "Front end", "frontend processes that share the two ports", ge=1, le=64)
-    shutdown_timeout: float = option(30.0, "Front end", "seconds that running requests get to finish on shutdown", ge=0.0)
-    # fmt: on
+    shutdown_timeout: float = option(
+        30.0, "Front end", "seconds that running requests get to finish on shutdown", ge=0.0
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:

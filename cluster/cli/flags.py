@@ -18,7 +18,7 @@ class UsageError(Exception):
     """What the user typed cannot be used; the message is one sentence that says what would work."""
 
 
-class _ServeArgs(BaseSettings, ServeConfig):
+class _ServeArgs(BaseSettings, ServeConfig):  # type: ignore[misc]  # both have a model_config
     """ServeConfig with the model as a positional argument. Only its fields are read: it is never built."""
 
     model: CliPositionalArg[str]
@@ -50,7 +50,7 @@ def parse_serve_config(argv: list[str]) -> ServeConfig:
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of the settings below; flags win over it")
     own, rest = _split_config(parser, argv)
-    source = CliSettingsSource(
+    source: CliSettingsSource[argparse.ArgumentParser] = CliSettingsSource(
         _ServeArgs,
         root_parser=parser,
         add_argument_method=_GroupedArguments(),
@@ -87,7 +87,9 @@ def read_config_file(path: Path) -> dict[str, Any]:
     for name in values:
         if name not in ServeConfig.model_fields:
             near = difflib.get_close_matches(name, ServeConfig.model_fields, n=1)
-            raise UsageError(f"--config {path}: unknown setting {name!r}" + (f"; did you mean {near[0]}?" if near else ""))
+            raise UsageError(
+                f"--config {path}: unknown setting {name!r}" + (f"; did you mean {near[0]}?" if near else "")
+            )
     return values
 
 
@@ -131,7 +133,11 @@ def _help(field: FieldInfo) -> str:
     text = (field.description or "").replace("%", "%%")
     if field.is_required() or field.default is None:
         return text
-    default = {True: "on", False: "off"}.get(field.default, field.default) if isinstance(field.default, bool) else field.default
+    default = (
+        {True: "on", False: "off"}.get(field.default, field.default)
+        if isinstance(field.default, bool)
+        else field.default
+    )
     return f"{text} (default: {default})"
 
 
@@ -153,5 +159,3 @@ def fail(message: str) -> NoReturn:
     """Ends the command with one line on stderr."""
     print(f"manta: error: {message}", file=sys.stderr)
     raise SystemExit(2)
-
-

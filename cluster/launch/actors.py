@@ -1,0 +1,60 @@
+"""What the Ray actors hold: the same servers that plain processes run. `on_ray` turns these classes into actors."""
+
+import asyncio
+import threading
+
+import ray
+
+
+class WorkerActor:
+    """One rank. Its own thread computes; the actor's methods only start and stop the gRPC server."""
+
+    def start(self) -> str:
+        """Opens the gRPC server and returns its address."""
+        from manta.workers.server import WorkerServer
+
+        self._server = WorkerServer(host=ray.util.get_node_ip_address())
+        address: str = self._server.start()
+        return address
+
+    def stay(self) -> None:
+        """Never returns: the caller learns of this actor's death by the failure of this call."""
+        threading.Event().wait()
+
+
+class SchedulerActor:
+    """The scheduler of one served model and its step loops."""
+
+    async def start(self, config_json: str, workers: list[list[str]]) -> str:
+        """Loads the model on the workers, starts the step loops, returns the address frontends connect to."""
+        from manta.cluster.engine.main import SchedulerServer
+
+        self._server = SchedulerServer(config_json, workers, host=ray.util.get_node_ip_address())
+        address: str = await self._server.start()
+        return address
+
+    async def stop(self) -> None:
+        await self._server.stop()
+
+    async def stay(self) -> None:
+        """Never returns, as WorkerActor.stay."""
+        await asyncio.Event().wait()
+
+
+class FrontendActor:
+    """HTTP and gRPC doors."""
+
+    async def start(self, config_json: str, scheduler: str) -> tuple[int, int]:
+        """Listens; returns the HTTP and the gRPC port."""
+        from manta.cluster.doors.frontend import Frontend
+
+        self._frontend = Frontend(config_json, scheduler)
+        ports = await self._frontend.start()
+        return ports["http"], ports["grpc"]
+
+    async def stop(self, grace_s: float) -> None:
+        await self._frontend.stop(grace_s)
+
+    async def stay(self) -> None:
+        """Never returns, as WorkerActor.stay."""
+        await asyncio.Event().wait()

@@ -1,0 +1,45 @@
+"""What starts, watches and ends the processes of a deployment. Two kinds: Ray actors, and plain processes."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from manta.configs.schema import ServeConfig
+
+
+class LaunchError(Exception):
+    """A process could not be started or has died; the message is one sentence that names it and says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class FrontendAddress:
+    http_port: int
+    grpc_port: int
+
+
+class Launcher(Protocol):
+    """Starts processes in the order workers, scheduler, frontends; ends them in the reverse one."""
+
+    def start_workers(self, config: ServeConfig) -> list[list[str]]:
+        """Starts the ranks of every replica, pp-major; returns the gRPC addresses, a list per replica."""
+        ...
+
+    def start_scheduler(self, config: ServeConfig, workers: list[list[str]]) -> str:
+        """Starts the scheduler, which loads the model on the workers; returns its gRPC address."""
+        ...
+
+    def start_frontends(self, config: ServeConfig, scheduler: str) -> FrontendAddress:
+        """Starts the frontends; they share one pair of ports."""
+        ...
+
+    def dead(self) -> str | None:
+        """One sentence about a process that has ended by itself, if one has."""
+        ...
+
+    def stop(self, grace_s: float) -> None:
+        """Ends everything it started. Frontends get `grace_s` to finish their streams. May be called twice."""
+        ...
+
+
+def cores_per_worker(num_cores: int, num_workers: int) -> int:
+    """Threads each CPU worker may use: more threads than cores make every layer many times slower."""
+    return max(1, num_cores // max(1, num_workers))

@@ -1,0 +1,79 @@
+"""Plain processes on this host: how a notebook, one GPU box and a machine without Ray run Manta."""
+
+import os
+from pathlib import Path
+
+from manta.cluster.launch.launcher import FrontendAddress, LaunchError, cores_per_worker
+from manta.cluster.launch.process import ChildProcess
+from manta.configs.schema import ServeConfig
+
+_SPAWN_TIMEOUT_S = 120.0
+_LOAD_TIMEOUT_S = 3600.0  # reading the weights of a large model from a slow disk
+_END_TIMEOUT_S = 5.0
+
+
+def num_local_gpus() -> int:
+    """CUDA devices of this host, without importing torch."""
+    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+
+
+class LocalLauncher:
+    """Owns the child processes it starts."""
+
+    def __init__(self) -> None:
+        self._workers: list[ChildProcess] = []
+        self._schedulers: list[ChildProcess] = []
+        self._frontends: list[ChildProcess] = []
+
+    def start_workers(self, config: ServeConfig) -> list[list[str]]:
+        num_workers = config.num_ranks * config.data_parallel_size
+        num_gpus = num_local_gpus() if config.device != "cpu" else 0
+        if config.device == "cuda" and num_gpus < num_workers:
+            raise LaunchError(f"{num_workers} GPUs are needed and this host has {num_gpus}; lower the parallel sizes")
+        use_gpus = num_gpus >= num_workers
+        threads = cores_per_worker(os.cpu_count() or 1, num_workers)
+        for rank in range(num_workers):
+            env = {"OMP_NUM_THREADS": str(threads)} | ({"CUDA_VISIBLE_DEVICES": str(rank)} if use_gpus else {})
+            self._workers.append(ChildProcess(f"worker {rank}", "manta.workers.main", ["--port", "0", *_parent()], env))
+        addresses = [worker.wait_for_address(_SPAWN_TIMEOUT_S) for worker in self._workers]
+        ranks = config.num_ranks
+        return [addresses[i : i + ranks] for i in range(0, num_workers, ranks)]
+
+    def start_scheduler(self, config: ServeConfig, workers: list[list[str]]) -> str:
+        addresses = ";".join(",".join(replica) for replica in workers)
+        args = ["--config-json", config.model_dump_json(), "--workers", addresses, *_parent()]
+        child = ChildProcess("scheduler", "manta.cluster.engine.main", args)
+        self._schedulers.append(child)
+        return child.wait_for_address(_LOAD_TIMEOUT_S)
+
+    def start_frontends(self, config: ServeConfig, scheduler: str) -> FrontendAddress:
+        address = FrontendAddress(config.port, config.grpc_port)
+        for index in range(config.api_server_count):
+            taken = config.model_copy(update={"port": address.http_port, "grpc_port": address.grpc_port})
+            args = ["--config-json", taken.model_dump_json(), "--engine", scheduler, *_parent()]
+            child = ChildProcess(f"frontend {index}", "manta.cluster.doors.main", args)
+            self._frontends.append(child)
+            http, grpc = child.wait_for_address(_SPAWN_TIMEOUT_S).split()
+            address = FrontendAddress(int(http.rsplit(":", 1)[1]), int(grpc.rsplit(":", 1)[1]))
+        return address
+
+    def dead(self) -> str | None:
+        children = [*self._workers, *self._schedulers, *self._frontends]
+        return next((why for child in children if (why := child.ended())), None)
+
+    def stop(self, grace_s: float) -> None:
+        for children, patience_s in (
+            (self._frontends, grace_s + _END_TIMEOUT_S),
+            (self._schedulers, _END_TIMEOUT_S),
+            (self._workers, _END_TIMEOUT_S),
+        ):
+            for child in children:
+                child.terminate()
+            for child in children:
+                child.join(patience_s)
+            children.clear()
+
+
+def _parent() -> list[str]:
+    """Every role ends itself when this process is gone."""
+    return ["--parent-pid", str(os.getpid())]

@@ -1,0 +1,93 @@
+"""One child process that says where it listens."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections import deque
+from queue import Empty, Queue
+
+from manta.cluster.launch.launcher import LaunchError
+
+_ADDRESS = "MANTA_ADDRESS "
+_ERROR = "MANTA_ERROR "
+
+
+class ChildProcess:
+    """Runs `python -m module`; the child prints one line MANTA_ADDRESS once it serves, or MANTA_ERROR and ends.
+
+    What else it prints goes to this process's stderr under its name. It lives in a session of its own, so that a
+    Ctrl-C at the terminal reaches only the parent, which ends its children in order.
+    """
+
+    def __init__(self, name: str, module: str, args: list[str], env: dict[str, str] | None = None) -> None:
+        self.name = name
+        self._replies: Queue[str | None] = Queue()
+        self._last_lines: deque[str] = deque(maxlen=20)
+        self._error: str | None = None
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", module, *args],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=os.environ | (env or {}) | {"PYTHONUNBUFFERED": "1"},
+            start_new_session=True,
+            text=True,
+            errors="replace",
+        )
+        threading.Thread(target=self._read, name=f"{name}-output", daemon=True).start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def wait_for_address(self, timeout_s: float) -> str:
+        """The words after MANTA_ADDRESS. Raises LaunchError if the child ends first or takes too long."""
+        try:
+            reply = self._replies.get(timeout=timeout_s)
+        except Empty:
+            raise LaunchError(f"{self.name} did not come up within {timeout_s:.0f} s") from None
+        if reply is None:
+            self._process.wait(timeout=10)
+            raise LaunchError(self._why_ended())
+        return reply
+
+    def ended(self) -> str | None:
+        """One sentence if the child has ended by itself."""
+        return None if self._process.poll() is None else self._why_ended()
+
+    def terminate(self) -> None:
+        """Asks the child to end."""
+        if self._process.poll() is None:
+            self._process.terminate()
+
+    def join(self, timeout_s: float) -> None:
+        """Waits for the end; kills the child and its session when it takes longer."""
+        try:
+            self._process.wait(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait(timeout=10)
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith(_ADDRESS):
+                self._replies.put(line.removeprefix(_ADDRESS).strip())
+            elif line.startswith(_ERROR):
+                self._error = line.removeprefix(_ERROR).strip()
+            else:
+                self._last_lines.append(line.rstrip())
+                print(f"[{self.name}] {line}", end="", file=sys.stderr, flush=True)
+        self._replies.put(None)
+
+    def _why_ended(self) -> str:
+        if self._error:
+            return self._error
+        code = self._process.returncode
+        how = f"was killed by {signal.Signals(-code).name}" if code and code < 0 else f"ended with exit code {code}"
+        last = next((line for line in reversed(self._last_lines) if line.strip()), "")
+        return f"{self.name} {how}" + (f": {last}" if last else "")

@@ -1,0 +1,139 @@
+"""Brings a deployment up, keeps watch, takes it down: what `manta serve` does after its flags are read."""
+
+import signal
+import sys
+import threading
+import time
+from types import FrameType
+
+import grpc
+
+from manta.cluster.launch.launcher import FrontendAddress, Launcher
+from manta.cluster.launch.ready import ready_block
+from manta.cluster.preflight import check
+from manta.configs.schema import ServeConfig
+from manta.protos import engine_pb2, engine_pb2_grpc
+
+_WATCH_INTERVAL_S = 0.25
+_INFO_TIMEOUT_S = 10.0
+
+
+class _Interrupted(BaseException):
+    """Ctrl-C or SIGTERM while the deployment was still coming up."""
+
+
+class Supervisor:
+    """One deployment from start to end. The first Ctrl-C or SIGTERM drains; a second one cuts."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        self._config = config
+        self._stop = threading.Event()
+        self._is_up = False
+        self._phases: dict[str, float] = {}
+        self._started_s = time.perf_counter()
+        self._owns_ray = False
+
+    def run(self) -> int:
+        """Serves until told to stop. Returns the exit code; raises LaunchError or PreflightError with one sentence."""
+        self._handle_signals()
+        launcher: Launcher | None = None
+        try:
+            launcher = self._connect()
+            scheduler, address = self._bring_up(launcher)
+            self._is_up = True
+            print(ready_block(self._config, self._info(scheduler), address, self._phases), flush=True)
+            why = self._watch(launcher)
+            if why:
+                print(f"manta: error: {why}", file=sys.stderr, flush=True)
+                return 1
+            print("manta: draining; press Ctrl-C again to stop at once", file=sys.stderr, flush=True)
+            self._is_up = False
+            launcher.stop(self._config.shutdown_timeout)
+            return 0
+        except _Interrupted:
+            print("manta: stopped", file=sys.stderr, flush=True)
+            return 130
+        finally:
+            self._ignore_signals()
+            if launcher is not None:
+                launcher.stop(0.0)
+            self._disconnect()
+
+    def _connect(self) -> Launcher:
+        if self._config.distributed_executor_backend == "local":
+            from manta.cluster.launch.local import LocalLauncher, num_local_gpus
+
+            self._check(on_gpu=num_local_gpus() > 0)
+            return LocalLauncher()
+        self._check(on_gpu=True)  # host memory is checked again once Ray says whether there are GPUs
+        from manta.cluster.launch import on_ray
+
+        with self._timed("ray"):
+            self._owns_ray = on_ray.connect(self._config)
+        if not on_ray.has_gpus():
+            self._check(on_gpu=False)
+        return on_ray.RayLauncher()
+
+    def _check(self, on_gpu: bool) -> None:
+        check(self._config, on_gpu=on_gpu and self._config.device != "cpu")
+
+    def _bring_up(self, launcher: Launcher) -> tuple[str, FrontendAddress]:
+        with self._timed("processes"):
+            workers = launcher.start_workers(self._config)
+        with self._timed("model"):
+            scheduler = launcher.start_scheduler(self._config, workers)
+        with self._timed("frontends"):
+            address = launcher.start_frontends(self._config, scheduler)
+        self._phases["total"] = time.perf_counter() - self._started_s
+        return scheduler, address
+
+    def _info(self, scheduler: str) -> engine_pb2.InfoResponse:
+        with grpc.insecure_channel(scheduler) as channel:
+            stub = engine_pb2_grpc.EngineStub(channel)
+            info: engine_pb2.InfoResponse = stub.GetInfo(engine_pb2.InfoRequest(), timeout=_INFO_TIMEOUT_S)
+            return info
+
+    def _watch(self, launcher: Launcher) -> str | None:
+        while not self._stop.wait(_WATCH_INTERVAL_S):
+            why = launcher.dead()
+            if why:
+                return why
+        return None
+
+    def _timed(self, phase: str) -> "_Timed":
+        return _Timed(self._phases, phase)
+
+    def _handle_signals(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+
+    def _ignore_signals(self) -> None:
+        """Taking down must finish: what an impatient Ctrl-C would cut short is what leaves processes behind."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._is_up:
+            self._stop.set()
+        else:
+            raise _Interrupted
+
+    def _disconnect(self) -> None:
+        if "ray" in sys.modules:
+            import ray
+
+            if ray.is_initialized():
+                ray.shutdown()
+
+
+class _Timed:
+    """Adds the seconds a block took to a table of phases."""
+
+    def __init__(self, phases: dict[str, float], name: str) -> None:
+        self._phases, self._name = phases, name
+
+    def __enter__(self) -> None:
+        self._start_s = time.perf_counter()
+
+    def __exit__(self, *exc: object) -> None:
+        self._phases[self._name] = time.perf_counter() - self._start_s
