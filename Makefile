@@ -1,0 +1,44 @@
+# Two commands matter: `make serve` and `make test`. Both make .venv first, from the versions in constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: serve test lint unit protos evaluate clean
+
+serve: $(VENV)/.runtime
+	@exec $(BIN)/manta serve --config configs/demo.yaml $(FLAGS)
+
+test: lint unit
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+unit: $(VENV)/.dev
+	$(BIN)/python -m pytest $(ARGS)
+
+# Execution accuracy of the demo model, through a server that `make serve` runs in another terminal.
+evaluate: $(VENV)/.dev
+	$(BIN)/python examples/text2sql/evaluate.py $(ARGS)
+
+protos: $(VENV)/.dev
+	$(BIN)/python -m grpc_tools.protoc -I.typing --python_out=.typing --pyi_out=.typing --grpc_python_out=.typing \
+	    .typing/manta/protos/*.proto
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; ok = (3, 11) <= sys.version_info[:2] <= (3, 13); sys.exit(None if ok else \
+	    "Manta needs Python 3.11 to 3.13 and %s is %d.%d; name one with PYTHON=..." \
+	    % ("$(PYTHON)", *sys.version_info[:2]))'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.runtime: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@ $(VENV)/.runtime
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
