@@ -3,18 +3,24 @@
 import random
 from dataclasses import dataclass
 
-import words
 import wordings
+import words
 from schemas import Column, Table, random_text_value
+
+Forms = tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Condition:
-    """A WHERE clause and its English. `values` are literals worth planting in the column's test rows."""
+    """A WHERE clause and its English: after a noun ("whose age is 9") and as what the noun does ("have age 9").
+
+    `values` are literals worth planting in the column's test rows.
+    """
 
     column: Column
     sql: str
     english: str
+    verb: str
     values: tuple[str | int | float, ...]
 
 
@@ -32,7 +38,7 @@ def spoken(rng: random.Random, value: str) -> str:
 def random_number(rng: random.Random, kind: str) -> int | float:
     """A number of any size; round ones are as common as people make them."""
     digits = rng.randint(1, 5)
-    value = rng.randint(1, 10 ** digits)
+    value = rng.randint(1, 10**digits)
     if value > 100 and rng.random() < 0.5:
         value = round(value, -(len(str(value)) - 1)) or 100
     return value + rng.choice((0.5, 0.25, 0.1, 0.75)) if kind == "real" and rng.random() < 0.5 else value
@@ -51,17 +57,22 @@ class ConditionMaker:
 
     def make(self, form: str, column: Column) -> Condition:
         """The condition called `form` ("equals", "compare", ...) on `column`; KeyError for an unknown form."""
-        makers = {"equals": self._equals, "compare": self._compare, "not_equals": self._not_equals,
-                  "between": self._between, "either": self._either, "like": self._like, "null": self._null,
-                  "not_null": self._not_null, "year": self._year}
+        makers = {
+            "equals": self._equals,
+            "compare": self._compare,
+            "not_equals": self._not_equals,
+            "between": self._between,
+            "either": self._either,
+            "like": self._like,
+            "null": self._null,
+            "not_null": self._not_null,
+            "year": self._year,
+        }
         return makers[form](column)
 
     def simple(self, column: Column) -> Condition:
         """The condition that people most often put on a column of this kind."""
         return self.make("equals" if column.kind in ("text", "id", "key") else "compare", column)
-
-    def _phrase(self, forms: tuple[tuple[str, ...], tuple[str, ...]]) -> str:
-        return self.rng.choice(forms[1] if self.held_out_wording else forms[0])
 
     def _text(self) -> str:
         return random_text_value(self.rng, self.held_out_values)
@@ -77,59 +88,65 @@ class ConditionMaker:
         number = random_number(self.rng, column.kind)
         return number, str(number), str(number)
 
-    def _build(self, column: Column, sql: str, english: str, *values: str | int | float) -> Condition:
-        return Condition(column, f"{self.prefix}{column.name} {sql}", english, values)
+    def _build(
+        self, column: Column, sql: str, forms: tuple[Forms, Forms], values: tuple = (), **parts: str
+    ) -> Condition:
+        """The condition, worded by one of `forms` (training, held out) with `parts` put in."""
+        phrase = self.rng.choice(forms[1] if self.held_out_wording else forms[0])
+        verb = self.rng.choice([form for form in forms[0] if form.startswith("that ")]).removeprefix("that ")
+        parts["c"] = column.phrase
+        return Condition(
+            column, f"{self.prefix}{column.name} {sql}", phrase.format(**parts), verb.format(**parts), values
+        )
 
     def _equals(self, column: Column) -> Condition:
         value, literal, said = self._literal(column)
-        forms = wordings.EQUALS
         # "in Paris" names no column, so it is only asked where a single column can be meant.
         places = [c for c in self.table.columns if c.name in words.PLACE_WORDS]
-        if places == [column] and self.rng.random() < 0.4:
-            forms = wordings.PLACES
-        return self._build(column, f"= {literal}", self._phrase(forms).format(c=column.phrase, v=said), value)
+        forms = wordings.PLACES if places == [column] and self.rng.random() < 0.4 else wordings.EQUALS
+        return self._build(column, f"= {literal}", forms, (value,), v=said)
 
     def _compare(self, column: Column) -> Condition:
         value, literal, said = self._literal(column)
         operators = wordings.DATE_OPERATORS if column.kind == "date" else wordings.NUMBER_OPERATORS
         operator = self.rng.choice(list(operators))
-        english = self._phrase(wordings.COMPARES).format(c=column.phrase, op=self.rng.choice(operators[operator]), v=said)
-        return self._build(column, f"{operator} {literal}", english, value)
+        spoken_operator = self.rng.choice(operators[operator])
+        return self._build(column, f"{operator} {literal}", wordings.COMPARES, (value,), op=spoken_operator, v=said)
 
     def _not_equals(self, column: Column) -> Condition:
         value, literal, said = self._literal(column)
-        return self._build(column, f"<> {literal}", self._phrase(wordings.NOT_EQUALS).format(c=column.phrase, v=said), value)
+        return self._build(column, f"<> {literal}", wordings.NOT_EQUALS, (value,), v=said)
 
     def _between(self, column: Column) -> Condition:
         low, high = self._literal(column), self._literal(column)
         while low[0] == high[0]:
             high = self._literal(column)
         low, high = sorted((low, high), key=lambda literal: literal[0])
-        english = self._phrase(wordings.BETWEENS).format(c=column.phrase, v=low[2], w=high[2])
-        return self._build(column, f"BETWEEN {low[1]} AND {high[1]}", english, low[0], high[0])
+        sql = f"BETWEEN {low[1]} AND {high[1]}"
+        return self._build(column, sql, wordings.BETWEENS, (low[0], high[0]), v=low[2], w=high[2])
 
     def _either(self, column: Column) -> Condition:
         first, second = self._literal(column), self._literal(column)
-        english = self._phrase(wordings.EITHERS).format(c=column.phrase, v=first[2], w=second[2])
-        return self._build(column, f"IN ({first[1]}, {second[1]})", english, first[0], second[0])
+        sql = f"IN ({first[1]}, {second[1]})"
+        return self._build(column, sql, wordings.EITHERS, (first[0], second[0]), v=first[2], w=second[2])
 
     def _like(self, column: Column) -> Condition:
         value = self._text()
         if self.rng.random() < 0.5:
-            value = value[:self.rng.randint(1, 3)].strip()
+            value = value[: self.rng.randint(1, 3)].strip()
         shape = self.rng.choice(list(wordings.LIKES))
-        english = self._phrase(wordings.LIKES[shape]).format(c=column.phrase, v=spoken(self.rng, value))
-        literal = shape.format(v=value)
-        # A planted value with something before and after it tells the three shapes apart.
-        return self._build(column, f"LIKE {quote(literal)}", english, value, value + "x", "x" + value, f"x{value}x")
+        # Planted values with something before and after the text tell the three shapes apart.
+        planted = (value, value + "x", "x" + value, f"x{value}x")
+        return self._build(
+            column, f"LIKE {quote(shape.format(v=value))}", wordings.LIKES[shape], planted, v=spoken(self.rng, value)
+        )
 
     def _null(self, column: Column) -> Condition:
-        return self._build(column, "IS NULL", self._phrase(wordings.NULLS).format(c=column.phrase))
+        return self._build(column, "IS NULL", wordings.NULLS)
 
     def _not_null(self, column: Column) -> Condition:
-        return self._build(column, "IS NOT NULL", self._phrase(wordings.NOT_NULLS).format(c=column.phrase))
+        return self._build(column, "IS NOT NULL", wordings.NOT_NULLS)
 
     def _year(self, column: Column) -> Condition:
         year = self.rng.randint(1990, 2026)
-        english = self._phrase(wordings.YEARS).format(c=column.phrase, v=year)
-        return self._build(column, f"LIKE '{year}-%'", english, f"{year}-03-01", f"{year}-11-30")
+        return self._build(column, f"LIKE '{year}-%'", wordings.YEARS, (f"{year}-03-01", f"{year}-11-30"), v=str(year))

@@ -72,10 +72,11 @@ def plural(noun: str) -> str:
 def random_word(rng: random.Random) -> str:
     """A pronounceable invented word, so that the model must copy names and cannot recall them."""
     while True:
-        syllables = rng.choice((1, 2, 2, 2, 3))
-        word = "".join(rng.choice(words.ONSETS) + rng.choice(words.VOWELS) + rng.choice(words.CODAS)
-                       for _ in range(syllables))
-        if len(word) > 2 and word not in HELD_OUT_WORDS and plural(word) not in HELD_OUT_WORDS:
+        syllables = rng.choice((1, 2, 2, 2))
+        word = "".join(
+            rng.choice(words.ONSETS) + rng.choice(words.VOWELS) + rng.choice(words.CODAS) for _ in range(syllables)
+        )
+        if len(word) > 2 and word not in words.RESERVED and not {word, plural(word)} & HELD_OUT_WORDS:
             return word
 
 
@@ -89,8 +90,11 @@ def random_noun(rng: random.Random) -> str:
 
 def random_column(rng: random.Random, kind: str) -> Column:
     if kind == "date":
-        name = rng.choice(words.DATE_WORDS) if rng.random() < 0.6 else random_word(rng) + rng.choice(
-            ("_on", "_at", "_date", "_day", "ed", ""))
+        name = (
+            rng.choice(words.DATE_WORDS)
+            if rng.random() < 0.6
+            else random_word(rng) + rng.choice(("_on", "_at", "_date", "_day", "ed", ""))
+        )
         return Column(name, kind)
     if rng.random() < 0.45:
         name = random_word(rng)
@@ -122,7 +126,8 @@ def build_table(rng: random.Random, noun: str, columns: list[Column], has_id: bo
         columns.insert(rng.randint(0, len(columns)), Column(key, "key"))
     if has_id:
         columns.insert(0, Column("id", "id"))
-    return Table(noun, plural(noun) if rng.random() < 0.8 else noun, tuple(columns))
+    name = plural(noun) if noun in words.RESERVED or rng.random() < 0.8 else noun
+    return Table(noun, name, tuple(columns))
 
 
 def random_schema(rng: random.Random, num_tables: int) -> Schema:
@@ -157,6 +162,7 @@ def parse_columns(text: str) -> list[Column]:
 
 def random_text_value(rng: random.Random, held_out: bool) -> str:
     """A value for a text column: a known word, an invented one, two words, or a code such as K42."""
+
     def word() -> str:
         if rng.random() < 0.5:
             return rng.choice(HELD_OUT_VALUES if held_out else words.VALUES)
