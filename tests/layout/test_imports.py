@@ -14,7 +14,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "configs": (set(), {"pydantic", "yaml"}),
     "protos": (set(), GRPC),
     "scheduler": ({"configs"}, {"numpy"}),
-    "kernels": (set(), {"torch", "triton", "numba", "numpy"}),
+    "kernels": (set(), {"torch", "triton", "numba", "llvmlite", "numpy"}),
     "workers": (
         {"configs", "protos", "kernels"},
         {"torch", "numpy", "safetensors", "transformers", "huggingface_hub", "pydantic"} | GRPC,

@@ -1,0 +1,74 @@
+"""A child process says where it listens, or why it cannot."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from manta.cluster.launch.launcher import LaunchError, cores_per_worker
+from manta.cluster.launch.process import ChildProcess
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A module whose behaviour is its first argument."""
+    (tmp_path / "child_under_test.py").write_text("import os, signal, sys, threading\nexec(sys.argv[1])\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return "child_under_test"
+
+
+def test_address_and_orderly_end(module: str, capfd: pytest.CaptureFixture[str]) -> None:
+    child = ChildProcess("role", module, ["print('hello'); print('MANTA_ADDRESS 1.2.3.4:5'); threading.Event().wait()"])
+    assert child.wait_for_address(20) == "1.2.3.4:5"
+    assert child.ended() is None
+    child.terminate()
+    child.join(10)
+    assert "SIGTERM" in (child.ended() or "")
+    assert "[role] hello" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("code", "sentence"),
+    [
+        ("print('MANTA_ERROR the sky fell'); sys.exit(3)", "the sky fell"),
+        ("sys.exit(3)", "role ended with exit code 3"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "role was killed by SIGKILL"),
+        ("raise ValueError('no such thing')", "ValueError: no such thing"),
+    ],
+)
+def test_early_end_is_explained(module: str, code: str, sentence: str) -> None:
+    child = ChildProcess("role", module, [code])
+    with pytest.raises(LaunchError, match=sentence):
+        child.wait_for_address(20)
+    assert sentence in (child.ended() or "")
+
+
+def test_a_child_that_ignores_sigterm_is_killed(module: str) -> None:
+    code = "signal.signal(signal.SIGTERM, signal.SIG_IGN); print('MANTA_ADDRESS x'); threading.Event().wait()"
+    child = ChildProcess("role", module, [code])
+    child.wait_for_address(20)
+    child.terminate()
+    child.join(0.2)
+    assert "SIGKILL" in (child.ended() or "")
+    with pytest.raises(ProcessLookupError):
+        os.kill(child.pid, 0)
+
+
+def test_too_slow(module: str) -> None:
+    child = ChildProcess("role", module, ["threading.Event().wait()"])
+    with pytest.raises(LaunchError, match="did not come up"):
+        child.wait_for_address(0.2)
+    child.join(0)
+
+
+@pytest.mark.parametrize(("cores", "workers", "threads"), [(2, 1, 2), (2, 4, 1), (16, 3, 5), (1, 0, 1)])
+def test_threads_never_exceed_cores(cores: int, workers: int, threads: int) -> None:
+    assert cores_per_worker(cores, workers) == threads
+
+
+def test_same_interpreter(module: str) -> None:
+    child = ChildProcess("role", module, ["print('MANTA_ADDRESS ' + sys.executable); threading.Event().wait()"])
+    assert child.wait_for_address(20) == sys.executable
+    child.terminate()
+    child.join(10)
