@@ -1,0 +1,19 @@
+"""One real server on a local Ray cluster for all end-to-end tests of this folder: fp32, so that results are exact."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.server import DEMO_MODEL, ServerProcess
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[ServerProcess]:
+    process = ServerProcess(
+        str(DEMO_MODEL), "--served-model-name", "text2sql", "--dtype", "float32", "--max-num-seqs", "32",
+        "--kv-cache-memory-bytes", "64MiB", "--max-num-batched-tokens", "256", "--port", "0", "--grpc-port", "0",
+    )  # fmt: skip
+    try:
+        yield process.wait_ready()
+    finally:
+        process.close()
