@@ -1,21 +1,107 @@
 """Finds a model folder and fills a rank's model from it."""
 
+import zlib
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch import Tensor
 
-from manta.configs.model import ModelSpec
+from manta.configs.model import ModelError, ModelSpec
+from manta.workers.checkpoint import Checkpoint
 from manta.workers.mesh import Mesh
 from manta.workers.models.decoder import CausalLM
+from manta.workers.weights import WeightError, WeightSlice, weight_names, weight_slice
+
+_DOWNLOADED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
 
 def resolve_model_folder(model: str) -> Path:
-    """A local folder as it is, a hub id through the hub's cache. Raises WeightError if it cannot be had."""
-    raise NotImplementedError
+    """A local folder as it is, a hub id through the hub's cache. Raises ModelError if it cannot be had."""
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    if model.startswith(("/", ".", "~")) or model.count("/") > 1:
+        raise ModelError(f"model folder {model!r} does not exist")
+    try:
+        return Path(snapshot_download(model, allow_patterns=_DOWNLOADED))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"model {model!r} is neither a local folder nor could it be fetched from the Hugging Face hub: {reason}"
+        ) from error
 
 
 def load_model(
     folder: Path, spec: ModelSpec, mesh: Mesh, dtype: torch.dtype, *, load_format: str = "auto", seed: int = 0
 ) -> CausalLM:
-    """The rank's part of the model, weights in place and prepacked. Raises WeightError naming tensor and file."""
-    raise NotImplementedError
+    """The rank's part of the model, weights in place and prepacked.
+
+    load_format "dummy" gives random weights that depend on `seed` alone, not on the mesh; any other reads safetensors.
+    Raises WeightError naming tensor and file.
+    """
+    model = CausalLM(spec, mesh, dtype)
+    slices = {name: part for name in weight_names(spec) if (part := weight_slice(spec, mesh, name)) is not None}
+    parameters = _parameters(model)
+    if load_format == "dummy":
+        for name, part in slices.items():
+            _place(parameters, part, _random(name, part.shape, dtype, seed)[part.source])
+    else:
+        with Checkpoint(folder) as checkpoint:
+            _check_names(checkpoint, spec)
+            for name, part in slices.items():
+                _check_shape(checkpoint, name, part.shape)
+                _place(parameters, part, checkpoint.read(name, part.source))
+    model.prepare()
+    return model
+
+
+def _parameters(model: CausalLM) -> dict[str, Tensor]:
+    """By name, zeroed: a vocabulary's padding stays so."""
+    parameters: dict[str, Tensor] = dict(model.named_parameters())
+    for parameter in parameters.values():
+        parameter.zero_()
+    return parameters
+
+
+def _place(parameters: dict[str, Tensor], part: WeightSlice, tensor: Tensor) -> None:
+    target = parameters[part.target]
+    target[part.target_start : part.target_start + tensor.shape[0]].copy_(tensor)
+
+
+def _check_names(checkpoint: Checkpoint, spec: ModelSpec) -> None:
+    expected = set(weight_names(spec))
+    found = checkpoint.file_of
+    missing = sorted(expected - found.keys())
+    if missing:
+        files = ", ".join(sorted(set(found.values())))
+        raise WeightError(f"tensor {missing[0]!r} is not in {checkpoint.folder} ({files}); {len(missing)} missing")
+    extra = sorted(name for name in found.keys() - expected if not _is_ignored(name, spec))
+    if extra:
+        raise WeightError(
+            f"tensor {extra[0]!r} of {checkpoint.folder / found[extra[0]]} is not part of {spec.architecture} as "
+            f"config.json describes it; {len(extra)} such"
+        )
+
+
+def _is_ignored(name: str, spec: ModelSpec) -> bool:
+    """Old checkpoints store the rotary frequencies, and tied ones the head a second time."""
+    return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and spec.tie_word_embeddings)
+
+
+def _check_shape(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> None:
+    found = checkpoint.shape(name)
+    if found != shape:
+        raise WeightError(
+            f"tensor {name!r} of {checkpoint.folder / checkpoint.file_of[name]} has shape {list(found)}; "
+            f"config.json makes it {list(shape)}"
+        )
+
+
+def _random(name: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
+    """Norms are ones, biases zeros, matrices normal with variance 1 / inputs."""
+    if len(shape) == 1:
+        return torch.full(shape, 1.0 if name.endswith("norm.weight") else 0.0, dtype=dtype)
+    generator = torch.Generator().manual_seed(seed ^ zlib.crc32(name.encode()))
+    return torch.randn(shape, dtype=dtype, generator=generator).mul_(shape[1] ** -0.5)

@@ -32,10 +32,10 @@ class Mesh:
     pp_rank: int
     pp_size: int
     device: torch.device
-    _tp_group: Any = None       # tp ranks of this stage
-    _hidden_group: Any = None   # stages of this tp rank
-    _tokens_group: Any = None   # the same ranks; apart, so that NCCL's two directions cannot wait for each other
-    _store: Any = None          # must outlive the groups
+    _tp_group: Any = None  # tp ranks of this stage
+    _hidden_group: Any = None  # stages of this tp rank
+    _tokens_group: Any = None  # the same ranks; apart, so that NCCL's two directions cannot wait for each other
+    _store: Any = None  # must outlive the groups
     _pending_sends: deque[tuple[Any, Tensor]] = field(default_factory=deque)  # work and the tensor it still reads
 
     @staticmethod

@@ -1,34 +1,146 @@
-"""A decoder of the Llama kind; ModelSpec says in what an architecture differs."""
+"""A decoder of the Llama kind. What sets Llama, Mistral, Qwen2 and Qwen3 apart are fields of ModelSpec: biases, norms
+of queries and keys, windows, rotary scaling, tied embeddings.
+
+Names of modules are the targets in workers/weights.py.
+"""
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from manta.configs.model import ModelSpec
+from manta.kernels import ops
 from manta.kernels.metadata import AttentionMetadata, KVCache
+from manta.workers.layers import LMHead, MergedColumnLinear, QKVLinear, RMSNorm, RowLinear, VocabEmbedding
 from manta.workers.mesh import Mesh
+from manta.workers.rope import rope_table
+from manta.workers.weights import local_size, num_local_kv_heads, stage_layers
+
+
+@dataclass(slots=True)
+class StepContext:
+    """What every layer of a step shares."""
+
+    metadata: AttentionMetadata
+    cos_sin: Tensor  # float32 [T, head_dim]
+
+
+class Attention(nn.Module):
+    """Grouped-query attention over the paged cache."""
+
+    def __init__(self, spec: ModelSpec, mesh: Mesh, dtype: torch.dtype, window: int | None) -> None:
+        super().__init__()
+        self.qkv = QKVLinear(spec, mesh, dtype)
+        self.o = RowLinear(spec, mesh, "heads", spec.o_bias, dtype)
+        norm = (spec.head_dim, spec.rms_norm_eps, dtype, mesh.device)
+        self.q_norm = RMSNorm(*norm) if spec.qk_norm else None
+        self.k_norm = RMSNorm(*norm) if spec.qk_norm else None
+        self.eps = spec.rms_norm_eps
+        self.q_size = local_size(spec, mesh, "heads")
+        self.scale = spec.head_dim**-0.5
+        self.window = window
+
+    def forward(self, x: Tensor, step: StepContext, keys: Tensor, values: Tensor) -> Tensor:
+        """[T, hidden] -> [T, hidden]."""
+        qkv = self.qkv(x)
+        q_norm = self.q_norm.weight if self.q_norm is not None else None
+        k_norm = self.k_norm.weight if self.k_norm is not None else None
+        ops.rope_kv_write(qkv, step.cos_sin, step.metadata.slot_mapping, keys, values, q_norm, k_norm, self.eps)
+        q = qkv[:, : self.q_size]
+        out: Tensor = self.o(ops.paged_attention(q, keys, values, step.metadata, self.scale, self.window))
+        return out
+
+
+class MLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, spec: ModelSpec, mesh: Mesh, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.gate_up = MergedColumnLinear(spec, mesh, dtype)
+        self.down = RowLinear(spec, mesh, "intermediate", spec.mlp_bias, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, hidden] -> [T, hidden]."""
+        out: Tensor = self.down(ops.silu_mul(self.gate_up(x)))
+        return out
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP, each normed before and added to the residual after (the addition waits for the next norm)."""
+
+    def __init__(self, spec: ModelSpec, mesh: Mesh, dtype: torch.dtype, window: int | None) -> None:
+        super().__init__()
+        self.input_norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps, dtype, mesh.device)
+        self.attention = Attention(spec, mesh, dtype, window)
+        self.mlp_norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps, dtype, mesh.device)
+        self.mlp = MLP(spec, mesh, dtype)
+
+    def forward(self, x: Tensor | None, residual: Tensor, step: StepContext, pages: tuple[Tensor, Tensor]) -> Tensor:
+        """x [T, hidden] is what is still to be added to the residual (None: nothing); returns the next such."""
+        x = self.input_norm(residual) if x is None else self.input_norm.add(x, residual)
+        x = self.attention(x, step, *pages)
+        x = self.mlp(self.mlp_norm.add(x, residual))
+        return x
 
 
 class CausalLM(nn.Module):
     """One rank's share of the model: its stage's layers, its tp rank's part of each."""
 
-    num_local_layers: int
-    num_local_kv_heads: int
-
     def __init__(self, spec: ModelSpec, mesh: Mesh, dtype: torch.dtype) -> None:
         super().__init__()
-        raise NotImplementedError
+        self.spec = spec
+        self.mesh = mesh
+        self.dtype = dtype
+        self.num_local_kv_heads = num_local_kv_heads(spec, mesh.tp_size)
+        layers = stage_layers(spec.num_layers, mesh.pp_rank, mesh.pp_size)
+        self.num_local_layers = len(layers)
+        if mesh.is_first_stage:
+            self.embed = VocabEmbedding(spec, mesh, dtype)
+        self.layers = nn.ModuleList(DecoderLayer(spec, mesh, dtype, spec.windows[layer]) for layer in layers)
+        if mesh.is_last_stage:
+            self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps, dtype, mesh.device)
+            self.lm_head = LMHead(spec, mesh, dtype)
+            if spec.tie_word_embeddings and mesh.is_first_stage:
+                self.lm_head.weight = self.embed.weight
+        self.rope_table = rope_table(spec.rope, spec.head_dim, spec.max_position).to(mesh.device)
 
+    def prepare(self) -> None:
+        """Call once, when all weights are loaded; the model can run afterwards."""
+        for module in self.modules():
+            if isinstance(module, LMHead | QKVLinear | MergedColumnLinear | RowLinear):
+                module.prepare()
+
+    @torch.inference_mode()
     def forward(self, x: Tensor, metadata: AttentionMetadata, kv_cache: KVCache) -> Tensor:
-        """Token ids int64 [T] on the first stage, hidden [T, hidden_size] on later ones -> hidden [T, hidden_size]."""
-        raise NotImplementedError
+        """Token ids int64 [T] on the first stage, hidden [T, hidden_size] on later ones -> hidden [T, hidden_size].
 
+        Writes the tokens' keys and values to the cache. Hidden states given are overwritten. The final norm is
+        applied on the last stage.
+        """
+        residual = self.embed(x) if self.mesh.is_first_stage else x
+        step = StepContext(metadata, self.rope_table.index_select(0, metadata.positions))
+        x_next: Tensor | None = None
+        for layer, pages in zip(self.layers, kv_cache, strict=True):
+            x_next = layer(x_next, residual, step, pages)
+        assert x_next is not None
+        if self.mesh.is_last_stage:
+            return self.norm.add(x_next, residual)
+        return residual.add_(x_next)
+
+    @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """[R, hidden_size] -> float32 [R, vocab_size], the same on every tp rank of the last stage."""
-        raise NotImplementedError
+        out: Tensor = self.lm_head(hidden)
+        return out
 
 
 def allocate_kv_cache(
     model: CausalLM, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
 ) -> KVCache:
     """Per local layer, keys and values [num_blocks, num_local_kv_heads, block_size, head_dim], zeroed."""
-    raise NotImplementedError
+    shape = (num_blocks, model.num_local_kv_heads, block_size, model.spec.head_dim)
+    return [
+        (torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
+        for _ in range(model.num_local_layers)
+    ]

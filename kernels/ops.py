@@ -1,0 +1,105 @@
+"""The operations models are written with. This is the only place that picks a kernel by device.
+
+A CUDA device runs the plain-torch forms; contracts (shapes, dtypes) are those of `reference`.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from manta.kernels import (
+    linear_cpu,
+    paged_attention_cpu,
+    paged_attention_sdpa,
+    reference,
+    rms_norm_cpu,
+    rope_kv_write_cpu,
+    silu_mul_cpu,
+)
+from manta.kernels.metadata import AttentionMetadata
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root mean square norm of x [T, hidden]."""
+    if x.is_cpu:
+        return rms_norm_cpu.rms_norm(x, weight, eps)
+    return reference.rms_norm(x, weight, eps)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """residual += x in place; returns its root mean square norm. x, residual: [T, hidden]."""
+    if x.is_cpu:
+        return rms_norm_cpu.add_rms_norm(x, residual, weight, eps)
+    return reference.add_rms_norm(x, residual, weight, eps)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """[T, 2 * size], gate first -> silu(gate) * up [T, size]."""
+    if gate_up.is_cpu:
+        return silu_mul_cpu.silu_mul(gate_up)
+    return reference.silu_mul(gate_up)
+
+
+def rope_kv_write(
+    qkv: Tensor,
+    cos_sin: Tensor,
+    slot_mapping: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 0.0,
+) -> None:
+    """Norms (if weights are given) and rotates queries (in place) and keys; writes keys and values to their pages."""
+    if qkv.is_cpu:
+        rope_kv_write_cpu.rope_kv_write(qkv, cos_sin, slot_mapping, keys, values, q_norm, k_norm, eps)
+    else:
+        reference.rope_kv_write(qkv, cos_sin, slot_mapping, keys, values, q_norm, k_norm, eps)
+
+
+def paged_attention(
+    q: Tensor, keys: Tensor, values: Tensor, metadata: AttentionMetadata, scale: float, window: int | None = None
+) -> Tensor:
+    """Causal attention of q [T, num_heads * head_dim] over each row's pages; `window` counts the query itself."""
+    if q.is_cpu:
+        return paged_attention_cpu.paged_attention(q, keys, values, metadata, scale, window)
+    return paged_attention_sdpa.paged_attention(q, keys, values, metadata, scale, window)
+
+
+def make_linear(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """The function [T, in] -> [T, out] of weight [out, in] and bias [out]; may hold a copy instead of the weight."""
+    if weight.is_cpu:
+        return linear_cpu.make_linear(weight, bias)
+    return lambda x: F.linear(x, weight, bias)
+
+
+def warm_up(dtype: torch.dtype, device: torch.device) -> None:
+    """Compiles every kernel a model of this dtype runs, so that no request waits for it. Sizes are run-time values."""
+    if device.type != "cpu":
+        return
+    dim = 16
+    ones = torch.ones(dim, dtype=dtype)
+    keys, values = (torch.zeros(2, 1, 8, dim, dtype=dtype) for _ in range(2))
+    # Large enough to go over all threads where there are several: serial and parallel forms compile separately.
+    for num_tokens in (1, 8192):
+        x = torch.zeros(num_tokens, dim * 3, dtype=dtype)
+        weight = torch.ones(dim * 3, dtype=dtype)
+        rms_norm_cpu.rms_norm(x, weight, 1e-6)
+        rms_norm_cpu.add_rms_norm(x, torch.zeros_like(x), weight, 1e-6)
+        silu_mul_cpu.silu_mul(x[:, : 2 * dim].contiguous())
+        slots = torch.zeros(num_tokens, dtype=torch.int64)
+        rope_kv_write_cpu.rope_kv_write(x, torch.zeros(num_tokens, dim), slots, keys, values, ones, ones, 1e-6)
+        metadata = AttentionMetadata(
+            query_start=torch.arange(num_tokens + 1, dtype=torch.int32),
+            seq_lens=torch.ones(num_tokens, dtype=torch.int32),
+            block_tables=torch.zeros(num_tokens, 1, dtype=torch.int32),
+            slot_mapping=slots,
+            positions=slots,
+            num_decodes=num_tokens,
+            max_query_len=1,
+            max_seq_len=8,
+            block_size=8,
+        )
+        paged_attention_cpu.paged_attention(x[:, :dim], keys, values, metadata, 1.0)

@@ -1,0 +1,76 @@
+"""Reads safetensors checkpoints, one file or many with an index, part of a tensor at a time."""
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from manta.workers.weights import WeightError
+
+INDEX_NAME = "model.safetensors.index.json"
+
+
+class Checkpoint:
+    """The tensors of a model folder. A context manager: files are opened when first needed and closed at its end."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises WeightError if the folder has no safetensors weights, or not the files its index names."""
+        self.folder = folder
+        self._stack = ExitStack()
+        self._open: dict[str, Any] = {}
+        self.file_of = self._read_index() if (folder / INDEX_NAME).is_file() else self._read_headers()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the whole tensor."""
+        return tuple(self._slice(name).get_shape())
+
+    def read(self, name: str, part: tuple[slice, ...]) -> Tensor:
+        """One slice per axis of a tensor; only that part is read."""
+        tensor: Tensor = self._slice(name)[part]
+        return tensor
+
+    def _slice(self, name: str) -> Any:
+        file = self.file_of[name]
+        try:
+            return self._file(file).get_slice(name)
+        except SafetensorError as error:
+            raise WeightError(f"tensor {name!r} cannot be read from {self.folder / file}: {error}") from error
+
+    def _file(self, file: str) -> Any:
+        if file not in self._open:
+            try:
+                self._open[file] = self._stack.enter_context(safe_open(self.folder / file, framework="pt"))
+            except (OSError, SafetensorError) as error:
+                raise WeightError(f"{self.folder / file} cannot be read as safetensors: {error}") from error
+        return self._open[file]
+
+    def _read_index(self) -> dict[str, str]:
+        path = self.folder / INDEX_NAME
+        try:
+            file_of: dict[str, str] = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise WeightError(f"{path} is not an index of safetensors files: {error!r}") from error
+        for file in sorted(set(file_of.values())):
+            if not (self.folder / file).is_file():
+                raise WeightError(f"{path} names {file!r}, which is not in the folder: the download is incomplete")
+        return file_of
+
+    def _read_headers(self) -> dict[str, str]:
+        files = sorted(path.name for path in self.folder.glob("*.safetensors"))
+        if "model.safetensors" in files:
+            files = ["model.safetensors"]
+        if not files:
+            raise WeightError(f"{self.folder} has no *.safetensors weights; other formats are not read")
+        return {name: file for file in files for name in self._file(file).keys()}  # noqa: SIM118 (not a dict)
