@@ -137,8 +137,8 @@ def test_grpc_errors_are_status_codes(stub: inference_pb2_grpc.InferenceStub) ->
         with pytest.raises(grpc.RpcError) as error:
             list(stub.Generate(request))
         assert error.value.code() == code
+    endless = pb.SamplingParams(max_tokens=1500, ignore_eos=True)
     with pytest.raises(grpc.RpcError) as error:
-        endless = pb.SamplingParams(max_tokens=1500, ignore_eos=True)
         list(stub.Generate(pb.GenerateRequest(text="a", sampling=endless), timeout=0.3))
     assert error.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
 

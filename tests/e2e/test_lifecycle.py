@@ -1,4 +1,4 @@
-"""Start, stop and fail as a terminal sees it; plain processes where Ray makes no difference, since they start sooner."""
+"""Start, stop and fail as a terminal sees it; plain processes where Ray makes no difference, they start sooner."""
 
 import os
 import re
