@@ -7,6 +7,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+# fmt: off
 Tokens = NDArray[np.int32]
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -119,3 +120,16 @@ class TooLongError(RefusedError):
 
 class QueueFullError(RefusedError):
     """It may be taken later."""
+
+
+class WrongResultError(RuntimeError):
+    """A worker's answer does not belong to the plan it should answer; `Scheduler.reset` is what helps."""
+
+
+@dataclass(slots=True)
+class Counters:
+    """Totals since the scheduler began."""
+
+    num_prefix_queries: int = 0          # tokens of admitted requests that were looked up in the prefix index
+    num_prefix_hits: int = 0             # tokens among them whose KV was there
+    num_preemptions: int = 0

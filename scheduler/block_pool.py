@@ -1,0 +1,120 @@
+"""KV blocks of one replica: reference counts, the prefix index, and which block is given out next.
+
+Each block is in exactly one state:
+
+    referenced   refs > 0: in that many block tables
+    limbo        refs == 0, but a plan that touches it is not answered: findable, not to be overwritten
+    cached       refs == 0 and published: findable, overwritten when nothing else is left, longest unused first
+    blank        refs == 0 and not findable: given out first
+"""
+
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Sequence
+
+
+class BlockPool:
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self.refs = [0] * num_blocks
+        self.hashes: list[bytes | None] = [None] * num_blocks  # of published blocks; the inverse of by_hash
+        self.by_hash: dict[bytes, int] = {}
+        self.blank = list(range(num_blocks - 1, -1, -1))  # a stack
+        self.cached: OrderedDict[int, None] = OrderedDict()  # in eviction order
+        self.limbo: dict[int, int] = {}  # block -> the step that must be answered first
+        self._limbo_queue: deque[tuple[int, list[int]]] = deque()  # by step; holds entries that `limbo` overrides
+        self.num_freed = 0  # how often a block became free: unchanged means that what did not fit still does not
+
+    @property
+    def num_free(self) -> int:
+        return len(self.blank) + len(self.cached)
+
+    @property
+    def num_cached(self) -> int:
+        return len(self.cached)
+
+    @property
+    def num_limbo(self) -> int:
+        return len(self.limbo)
+
+    def take(self, count: int) -> list[int]:
+        """`count` blocks with undefined content, referenced once. The caller has seen that so many are free."""
+        blank, refs = self.blank, self.refs
+        taken = [blank.pop() if blank else self._evict() for _ in range(count)]
+        for block in taken:
+            refs[block] = 1
+        return taken
+
+    def share(self, blocks: Iterable[int]) -> None:
+        """One more reference to each; blocks found by `find` come back from the free list or from limbo."""
+        for block in blocks:
+            if self.refs[block] == 0 and self.limbo.pop(block, None) is None:
+                del self.cached[block]
+            self.refs[block] += 1
+
+    def fork(self, table: Sequence[int]) -> list[int]:
+        """A second table of the same blocks. Whoever writes to one of them asks `writable` first."""
+        self.share(table)
+        return list(table)
+
+    def writable(self, block: int, until: int | None) -> int:
+        """The block to write instead of `block`: itself when nobody else can read it, else a fresh one, to which the
+        caller has the content copied. Gives the reference to `block` back as `release` does. Takes up to one block."""
+        if self.refs[block] == 1 and self.hashes[block] is None:
+            return block
+        (copy,) = self.take(1)
+        self.release([block], until)
+        return copy
+
+    def release(self, table: Sequence[int], until: int | None) -> None:
+        """Gives back one reference to each block, the last of the table first, so that shared prefixes are evicted
+        last. Blocks without references are free once step `until` is answered; at once if it is None."""
+        refs = self.refs
+        idle = []
+        for block in reversed(table):
+            refs[block] -= 1
+            if refs[block] == 0:
+                idle.append(block)
+        if until is None:
+            self._free(idle)
+        elif idle:
+            self.limbo.update(dict.fromkeys(idle, until))
+            self._limbo_queue.append((until, idle))
+
+    def confirm(self, step: int) -> None:
+        """`step` and all before it are answered."""
+        queue, limbo = self._limbo_queue, self.limbo
+        while queue and queue[0][0] <= step:
+            until, blocks = queue.popleft()
+            # A block may have been found again, and released again, since it was queued here.
+            settled = [block for block in blocks if limbo.get(block) == until]
+            for block in settled:
+                del limbo[block]
+            self._free(settled)
+
+    def find(self, block_hash: bytes) -> int | None:
+        return self.by_hash.get(block_hash)
+
+    def publish(self, block: int, block_hash: bytes) -> None:
+        """The full block's KV exists. Of blocks with equal content the first one published is the one found."""
+        if self.hashes[block] is None and self.by_hash.setdefault(block_hash, block) == block:
+            self.hashes[block] = block_hash
+
+    def num_unreferenced(self, blocks: Iterable[int]) -> int:
+        """How many of `blocks` sharing would take from the free ones."""
+        return sum(block in self.cached for block in blocks)
+
+    def _free(self, blocks: list[int]) -> None:
+        for block in blocks:
+            if self.hashes[block] is None:
+                self.blank.append(block)
+            else:
+                self.cached[block] = None
+        self.num_freed += len(blocks)
+
+    def _evict(self) -> int:
+        block, _ = self.cached.popitem(last=False)
+        block_hash = self.hashes[block]
+        assert block_hash is not None
+        del self.by_hash[block_hash]
+        self.hashes[block] = None
+        return block

@@ -1,0 +1,75 @@
+"""A step plan while it is being made."""
+
+from dataclasses import dataclass, field
+
+from manta.scheduler.in_flight import InFlightStep, Prefill
+from manta.scheduler.lane import Lane
+from manta.scheduler.replica import Replica
+from manta.scheduler.sequence import Sequence
+from manta.scheduler.types import SeqAdd, StepPlan
+
+
+@dataclass(slots=True)
+class Draft:
+    replica: Replica
+    lane: Lane
+    grow: list[tuple[int, int]] = field(default_factory=list)
+    grown: dict[int, tuple[Sequence, int]] = field(default_factory=dict)  # by slot: with its full blocks so far
+    held: list[Sequence] = field(default_factory=list)
+    adds: list[SeqAdd] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    prefills: dict[int, Prefill] = field(default_factory=dict)  # by slot, in plan order
+
+    @property
+    def num_decodes(self) -> int:
+        return self.lane.num_decoding - len(self.held)
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.prefills and not self.num_decodes
+
+    def add_block(self, sequence: Sequence, block: int) -> None:
+        """The decode row of `sequence` begins `block`."""
+        self.grown[sequence.slot] = (sequence, len(sequence.blocks))
+        self.grow.append((sequence.slot, block))
+        sequence.blocks.append(block)
+
+    def add_prefill(self, sequence: Sequence, num_tokens: int) -> None:
+        """The step computes the next `num_tokens` tokens of `sequence`."""
+        sequence.num_planned += num_tokens
+        samples = sequence.num_planned == len(sequence.tokens)
+        self.prefills[sequence.slot] = Prefill(sequence, num_tokens, samples)
+
+    def commit(self) -> StepPlan:
+        """The plan is final: the picture moves on to the state after it."""
+        replica, lane = self.replica, self.lane
+        rows = lane.rows_without(self.held) if self.held else lane.rows()
+        clock = lane.clock
+        for sequence in self.held:
+            lane.hold(sequence)
+        ending = lane.tick()
+        for slot, prefill in self.prefills.items():
+            if prefill.samples:
+                length = len(prefill.sequence.tokens) + 1
+                if length < prefill.sequence.max_length:
+                    lane.start_decoding(prefill.sequence, length)
+                else:
+                    lane.drain(prefill.sequence)
+                    ending[slot] = prefill.sequence
+        replica.step += 1
+        replica.in_flight.append(InFlightStep(replica.step, lane, clock, rows, self.prefills, self.grown, ending))
+        replica.next_lane = (lane.index + 1) % len(replica.lanes)
+        frees, replica.frees = replica.frees, []
+        return StepPlan(
+            epoch=replica.epoch,
+            step=replica.step,
+            lane=lane.index,
+            frees=frees,
+            adds=self.adds,
+            grow=self.grow,
+            copies=self.copies,
+            holds=[sequence.slot for sequence in self.held],
+            prefill=[(slot, prefill.num_tokens) for slot, prefill in self.prefills.items()],
+            num_decodes=len(rows),
+            num_tokens=len(rows) + sum(prefill.num_tokens for prefill in self.prefills.values()),
+        )

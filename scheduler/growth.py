@@ -1,0 +1,52 @@
+"""Gives decoding sequences the blocks they need, at the cost of those admitted last.
+
+Whoever needs a block gets a free one; where blocks are only in limbo it sits out a step and is served before anyone
+behind it; where even that does not help, the last admitted (or least important) sequence loses its place. The first
+in rank is never preempted for another, and the pool holds it whole: so it always ends, and so does everybody.
+"""
+
+from collections.abc import Callable
+
+from manta.scheduler.draft import Draft
+from manta.scheduler.replica import Replica
+from manta.scheduler.sequence import Sequence
+
+Preempt = Callable[[Sequence], None]
+
+
+def give_blocks(draft: Draft, preempt: Preempt) -> None:
+    """Fills in who of the draft's lane gets a block and who is held back."""
+    replica = draft.replica
+    growing = draft.lane.growing()
+    if not growing:
+        return
+    if replica.starved or len(growing) > replica.pool.num_free:
+        _give_by_rank(draft, preempt)
+    else:
+        for sequence, block in zip(growing.values(), replica.pool.take(len(growing)), strict=True):
+            draft.add_block(sequence, block)
+    if draft.grown:
+        longest = max(num_full for _, num_full in draft.grown.values()) + 1
+        replica.slots.widen(longest * replica.capacity.block_size + 1)
+
+
+def _give_by_rank(draft: Draft, preempt: Preempt) -> None:
+    replica, pool = draft.replica, draft.replica.pool
+    for sequence in sorted(draft.lane.growing().values(), key=lambda sequence: sequence.rank):
+        while sequence.replica == replica.index:  # until it is served or preempted itself
+            num_owed = sum(other.rank < sequence.rank for other in replica.starved.values())
+            if pool.num_free > num_owed:
+                replica.starved.pop(sequence.slot, None)
+                draft.add_block(sequence, pool.take(1)[0])
+                break
+            if pool.num_free + pool.num_limbo > num_owed:
+                replica.starved[sequence.slot] = sequence
+                draft.held.append(sequence)
+                break
+            preempt(_last_in_rank(replica))
+
+
+def _last_in_rank(replica: Replica) -> Sequence:
+    if replica.use_priority:
+        return max(replica.residents.values(), key=lambda sequence: sequence.rank)
+    return next(reversed(replica.residents.values()))

@@ -1,0 +1,27 @@
+"""Names for KV blocks: equal names mean equal content, whoever computed it.
+
+A block's hash covers its own tokens and its parent's hash, hence every token before it; the first parent covers salt
+and adapter, hence whom the block may be shared with. BLAKE2b, so that no prompt can be made to hit another's blocks.
+"""
+
+from hashlib import blake2b
+
+HASH_BYTES = 16
+
+
+def root_hash(salt: bytes, adapter: str) -> bytes:
+    """The parent of a sequence's first block. The salt's length keeps ("a", "bc") and ("ab", "c") apart."""
+    return blake2b(len(salt).to_bytes(8, "little") + salt + adapter.encode(), digest_size=HASH_BYTES).digest()
+
+
+def block_hash(parent: bytes, tokens: bytes) -> bytes:
+    """The hash of a full block; `tokens` are its int32 token ids as bytes."""
+    return blake2b(parent + tokens, digest_size=HASH_BYTES).digest()
+
+
+def extend_chain(hashes: list[bytes], root: bytes, tokens: bytes, block_bytes: int) -> None:
+    """Appends to `hashes` one hash per full block in `tokens`, the blocks that follow those in `hashes`."""
+    parent = hashes[-1] if hashes else root
+    for start in range(0, len(tokens), block_bytes):
+        parent = block_hash(parent, tokens[start : start + block_bytes])
+        hashes.append(parent)

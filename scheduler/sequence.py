@@ -1,0 +1,64 @@
+"""The one mutable record of a request on its way through the scheduler.
+
+Who owns what (a number is in exactly one place):
+
+    Sequence        identity, status, block table, block hashes, prefill progress; all tokens while it waits
+    Lane            length of a decoding sequence in plan time, when it needs a block, when it reaches its limit
+    SlotTable       who has which slot; all tokens of a resident sequence, a row per slot
+    BlockPool       reference counts, prefix index, free blocks and blocks in limbo
+    InFlightStep    what an unanswered plan computes, and for whom
+    Replica         all of the above for one set of workers, and the one place where a sequence leaves
+    WaitingQueue    the sequences without a replica
+
+Plan time runs ahead of what workers have confirmed: a planned token counts although its value is not known yet.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+import numpy as np
+
+from manta.scheduler.prefix import root_hash
+from manta.scheduler.types import Request, Tokens
+
+
+class Status(Enum):
+    WAITING = "waiting"  # in the queue, without slot and blocks
+    PREFILLING = "prefilling"  # tokens it entered with are still to be planned
+    DECODING = "decoding"  # each step of its lane gives it one token
+    DRAINING = "draining"  # the step of its last token is planned and not answered
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    request: Request
+    arrival: int  # how many requests came before
+    max_length: int  # it stops growing at this many tokens
+    tokens: Tokens  # while waiting: all there are; while resident: those it entered with
+    root: bytes  # the parent of the first block's hash
+    status: Status = Status.WAITING
+    started: bool = False  # had a slot before
+
+    # Only while resident:
+    replica: int = -1
+    slot: int = -1
+    lane: int = -1
+    rank: tuple[int, int] = (0, 0)  # the highest rank is preempted first
+    blocks: list[int] = field(default_factory=list)
+    num_planned: int = 0  # prefill tokens in plans
+    num_computed: int = 0  # prefill tokens confirmed; stays at len(tokens) from then on
+    num_published: int = 0  # leading blocks that the prefix index has been told of
+
+    hashes: list[bytes] = field(default_factory=list)  # of leading full blocks, as far as anyone asked
+
+    @classmethod
+    def of(cls, request: Request, arrival: int, max_model_len: int) -> "Sequence":
+        tokens = np.concatenate((request.prompt, request.output)).astype(np.int32, copy=False)
+        max_length = min(len(request.prompt) + request.max_tokens, max_model_len)
+        return cls(request, arrival, max_length, tokens, root_hash(request.salt, request.adapter))
+
+    def stops_at(self, token: int, num_tokens: int) -> bool:
+        """Whether `token` ends the sequence when it is the last of `num_tokens`."""
+        request = self.request
+        return token in request.stop_token_ids and num_tokens - len(request.prompt) >= request.min_tokens

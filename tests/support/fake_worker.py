@@ -1,0 +1,229 @@
+"""A worker without a device: keeps real paged memory, follows plans exactly as worker.proto says, and refuses wrong
+ones. Its "KV" of a token is a number that depends on every token before it and on `sampling` (stand-in for weights,
+adapter and all), and the token it samples depends on all KV it reads through the block table. A block that is shared
+wrongly, reused too early or not covered therefore changes what it says, if it is not refused outright.
+"""
+
+from collections import Counter, deque
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from manta.scheduler.types import Capacity, SeqAdd, StepPlan, StepResult
+
+UNWRITTEN = -1
+_MODULUS = (1 << 31) - 1
+
+
+class WrongPlanError(AssertionError):
+    """The plan breaks the protocol; the message says how."""
+
+
+def expect(condition: bool, message: str) -> None:
+    if not condition:
+        raise WrongPlanError(message)
+
+
+def kv_root(sampling: Any) -> int:
+    """The state before the first token."""
+    return sum((i + 1) * byte for i, byte in enumerate(repr(sampling).encode())) % _MODULUS
+
+
+def next_kv(previous: int, token: int, position: int) -> int:
+    return (previous * 31 + token * 7919 + position * 101 + 17) % _MODULUS
+
+
+def sample(kv: NDArray[np.int64], vocab_size: int) -> int:
+    """The token after those whose KV is int64 [num_tokens]."""
+    return int((kv * (np.arange(len(kv)) % 97 + 1)).sum() % _MODULUS % vocab_size)
+
+
+def generate_alone(prompt: NDArray[np.int32], num_tokens: int, sampling: Any, vocab_size: int) -> list[int]:
+    """What a request gets when nothing else runs: the same arithmetic without pages, plans or batches."""
+    tokens: list[int] = prompt.tolist()
+    kv: list[int] = []
+    state = kv_root(sampling)
+    for position in range(len(prompt) + num_tokens - 1):
+        state = next_kv(state, tokens[position], position)
+        kv.append(state)
+        if position >= len(prompt) - 1:
+            tokens.append(sample(np.array(kv, np.int64), vocab_size))
+    return tokens[len(prompt) :]
+
+
+@dataclass(slots=True)
+class _Slot:
+    lane: int
+    tokens: list[int]
+    num_computed: int
+    max_length: int
+    blocks: list[int]
+    sampling: Any
+    decoding: bool = False
+
+
+@dataclass(slots=True)
+class _Unanswered:
+    result: StepResult
+    slots: set[int]
+    blocks: set[int]  # that the step reads, writes or copies
+
+
+class FakeWorker:
+    """`submit` runs a plan at once but keeps the answer; `deliver` gives answers in order, as late as one likes."""
+
+    def __init__(self, capacity: Capacity, vocab_size: int = 50, enable_chunked_prefill: bool = True) -> None:
+        self.capacity = capacity
+        self.vocab_size = vocab_size
+        self.enable_chunked_prefill = enable_chunked_prefill
+        self.epoch = 1
+        self.num_computed_tokens = 0
+        self._clear()
+
+    def _clear(self) -> None:
+        self.step = 0
+        self.slots: dict[int, _Slot] = {}
+        self.kv = np.full((self.capacity.num_blocks, self.capacity.block_size), UNWRITTEN, np.int64)
+        self.readers: Counter[int] = Counter()  # block -> tables it is in
+        self.unanswered: deque[_Unanswered] = deque()
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self.unanswered)
+
+    def deliver(self) -> StepResult:
+        """The oldest answer not given yet."""
+        return self.unanswered.popleft().result
+
+    def submit(self, plan: StepPlan) -> None:
+        """Applies the plan's differences and runs its rows. Raises WrongPlanError."""
+        expect(plan.epoch >= self.epoch, f"epoch {plan.epoch} after {self.epoch}")
+        if plan.epoch > self.epoch:
+            self.epoch = plan.epoch
+            self._clear()
+        expect(plan.step == self.step + 1, f"step {plan.step} after {self.step}")
+        expect(0 <= plan.lane < self.capacity.num_lanes, f"lane {plan.lane} of {self.capacity.num_lanes}")
+        expect(len(self.unanswered) < self.capacity.max_in_flight, "too many plans in flight")
+        self.step += 1
+        for slot in plan.frees:
+            self._free(slot)
+        for add in plan.adds:
+            self._add(add)
+        for slot, block in plan.grow:
+            self._grow(slot, block)
+        copied = self._copy(plan.copies)
+        decodes = self._decode_rows(plan)
+        self._check_prefills(plan)
+        num_tokens = len(decodes) + sum(count for _, count in plan.prefill)
+        expect(num_tokens > 0, "an empty step")
+        expect(plan.num_decodes == len(decodes), f"num_decodes is {plan.num_decodes}, there are {len(decodes)}")
+        expect(plan.num_tokens == num_tokens, f"num_tokens is {plan.num_tokens}, rows have {num_tokens}")
+        expect(num_tokens <= self.capacity.max_num_batched_tokens, f"{num_tokens} tokens exceed the budget")
+        self._run(plan, decodes, copied)
+
+    def _run(self, plan: StepPlan, decodes: list[int], copied: set[int]) -> None:
+        rows = [(slot, 1) for slot in decodes] + plan.prefill
+        touched = copied.union(*(self.slots[slot].blocks for slot, _ in rows))
+        sampled = [token for slot, count in rows if (token := self._compute(slot, count)) is not None]
+        result = StepResult(plan.epoch, plan.step, np.array(sampled, np.int32))
+        self.unanswered.append(_Unanswered(result, {slot for slot, _ in rows}, touched))
+
+    def _at(self, slot: int) -> _Slot:
+        expect(slot in self.slots, f"slot {slot} is unknown")
+        return self.slots[slot]
+
+    def _free(self, slot: int) -> None:
+        self.readers.subtract(self._at(slot).blocks)
+        del self.slots[slot]
+
+    def _add(self, add: SeqAdd) -> None:
+        expect(0 <= add.slot < self.capacity.max_num_seqs, f"slot {add.slot} does not exist")
+        expect(add.slot not in self.slots, f"slot {add.slot} is taken twice")
+        expect(all(add.slot not in step.slots for step in self.unanswered), f"slot {add.slot} is still in flight")
+        expect(0 <= add.lane < self.capacity.num_lanes, f"slot {add.slot} joins lane {add.lane}")
+        num_tokens = len(add.tokens)
+        expect(0 <= add.num_computed < num_tokens, f"slot {add.slot}: {add.num_computed} of {num_tokens} are computed")
+        expect(
+            num_tokens < add.max_length <= self.capacity.max_model_len, f"slot {add.slot} may grow to {add.max_length}"
+        )
+        expect(0 < add.num_prompt_tokens <= num_tokens, f"slot {add.slot} has a prompt of {add.num_prompt_tokens}")
+        expect(len(set(add.blocks)) == len(add.blocks), f"slot {add.slot} has a block twice")
+        # Leading full blocks may be shared: all of their content is there. The others are this slot's alone.
+        num_shared = add.num_computed // self.capacity.block_size
+        for block in add.blocks[num_shared:]:
+            self._expect_new(add.slot, block)
+        self.slots[add.slot] = _Slot(
+            add.lane, add.tokens.tolist(), add.num_computed, add.max_length, list(add.blocks), add.sampling
+        )
+        self.readers.update(add.blocks)
+
+    def _grow(self, slot: int, block: int) -> None:
+        state = self._at(slot)
+        expect(state.decoding, f"slot {slot} grows and does not decode")
+        self._expect_new(slot, block)
+        state.blocks.append(block)
+        self.readers[block] += 1
+
+    def _expect_new(self, slot: int, block: int) -> None:
+        expect(0 <= block < self.capacity.num_blocks, f"block {block} does not exist")
+        expect(self.readers[block] == 0, f"block {block} is given to slot {slot} and is in another table")
+        for step in self.unanswered:
+            expect(block not in step.blocks, f"block {block} is given to slot {slot}, step {step.result.step} uses it")
+
+    def _copy(self, copies: list[tuple[int, int]]) -> set[int]:
+        for source, destination in copies:
+            expect(self.readers[destination] == 1, f"block {destination} is copied to and in {self.readers} tables")
+            self.kv[destination] = self.kv[source]
+        return {block for pair in copies for block in pair}
+
+    def _decode_rows(self, plan: StepPlan) -> list[int]:
+        rows = []
+        for slot in sorted(self.slots):
+            state = self.slots[slot]
+            if state.lane == plan.lane and state.decoding and len(state.tokens) < state.max_length:
+                rows.append(slot)
+        expect(len(set(plan.holds)) == len(plan.holds), "a slot is held twice")
+        for slot in plan.holds:
+            expect(slot in rows, f"slot {slot} is held and has no decode row in lane {plan.lane}")
+        return [slot for slot in rows if slot not in plan.holds]
+
+    def _check_prefills(self, plan: StepPlan) -> None:
+        slots = [slot for slot, _ in plan.prefill]
+        expect(len(set(slots)) == len(slots), "a slot has two prefill rows")
+        for slot, count in plan.prefill:
+            state = self._at(slot)
+            rest = len(state.tokens) - state.num_computed
+            expect(not state.decoding, f"slot {slot} has a prefill row and decodes")
+            expect(state.lane == plan.lane, f"slot {slot} is in lane {state.lane}, the step in {plan.lane}")
+            expect(1 <= count <= rest, f"slot {slot} computes {count} tokens, {rest} are left")
+            whole = self.enable_chunked_prefill or rest > self.capacity.max_num_batched_tokens or state.num_computed > 0
+            expect(whole or count == rest, f"slot {slot} computes {count} of {rest} tokens without chunked prefill")
+        expect(all(add.slot in slots for add in plan.adds), "a sequence is added and not run")
+
+    def _compute(self, slot: int, count: int) -> int | None:
+        state, block_size = self.slots[slot], self.capacity.block_size
+        end = state.num_computed + count
+        expect(end <= len(state.blocks) * block_size, f"slot {slot}: {end} tokens in {len(state.blocks)} blocks")
+        for position in range(state.num_computed, end):
+            previous = self._read(slot, position - 1) if position else kv_root(state.sampling)
+            block = state.blocks[position // block_size]
+            expect(self.readers[block] == 1, f"slot {slot} writes to block {block}, which another slot reads")
+            self.kv[block, position % block_size] = next_kv(previous, state.tokens[position], position)
+        state.num_computed = end
+        self.num_computed_tokens += count
+        if end < len(state.tokens):
+            return None
+        kv = self.kv[state.blocks].ravel()[:end]
+        expect(bool((kv != UNWRITTEN).all()), f"slot {slot} reads KV that was never written")
+        token = sample(kv, self.vocab_size)
+        state.tokens.append(token)
+        state.decoding = True
+        return token
+
+    def _read(self, slot: int, position: int) -> int:
+        block_size = self.capacity.block_size
+        kv = int(self.kv[self.slots[slot].blocks[position // block_size], position % block_size])
+        expect(kv != UNWRITTEN, f"slot {slot} reads position {position}, which was never written")
+        return kv
