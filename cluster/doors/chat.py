@@ -1,0 +1,143 @@
+"""POST /v1/chat/completions."""
+
+from typing import Any
+
+import orjson
+
+from manta.cluster.doors import fields
+from manta.cluster.doors.chat_format import check_messages, render_chat
+from manta.cluster.doors.errors import RequestError
+from manta.cluster.doors.exchange import Reply
+from manta.cluster.doors.openai_call import (
+    Completed,
+    Options,
+    Service,
+    collect_call,
+    new_head,
+    read_fields,
+    read_options,
+    read_request_id,
+    stream_call,
+)
+from manta.cluster.doors.output import Delta
+from manta.cluster.doors.text import Tokenizer
+from manta.cluster.doors.validate import Ask, Resolved, check_bool, check_int, shown
+
+_RESERVED_KWARGS = frozenset(
+    {"add_generation_prompt", "continue_final_message", "tokenize", "chat_template", "return_dict", "conversation"}
+)
+
+
+class ChatCompletions:
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def __call__(self, body: dict[str, Any], header_id: str, reply: Reply) -> None:
+        service = self._service
+        given = read_fields(service, body, fields.CHAT)
+        options = read_options(given)
+        wanted_id = read_request_id(given, header_id)
+        service.validator.check_model(given.get("model"))
+        text, add_special_tokens = chat_prompt(service.validator.tokenizer, given)
+        ask = Ask(
+            prompts=[text],
+            sampling=_sampling(given),
+            model=given.get("model"),
+            priority=given.get("priority", 0),
+            cache_salt=given.get("cache_salt", ""),
+            truncate_prompt_tokens=given.get("truncate_prompt_tokens"),
+            add_special_tokens=add_special_tokens,
+            fills_context=True,
+            prompt_param="messages",
+        )
+        request_id = service.free_id("chatcmpl", wanted_id)
+        resolved = await service.validator.resolve(ask, request_id)
+        if options.stream:
+            head = new_head(service, "chat.completion.chunk", request_id)
+            form = _ChatEvents(resolved, options)
+            await stream_call(service, head, resolved, options, form, reply)
+            return
+        head = new_head(service, "chat.completion", request_id)
+        completed, usage = await collect_call(service, request_id, resolved)
+        choices = [_choice(index, one, options) for index, one in enumerate(completed)]
+        answer = head | {"choices": choices, "usage": usage.body()}
+        if options.return_token_ids:
+            answer["prompt_token_ids"] = resolved.prompts[0]
+        await reply.json(answer)
+
+
+def chat_prompt(tokenizer: Tokenizer, given: dict[str, Any]) -> tuple[str, bool]:
+    """The prompt text of checked fields, and whether the tokenizer adds its special tokens to it.
+
+    A template writes them itself; the plain format leaves them to the tokenizer. Raises RequestError.
+    """
+    messages = check_messages(given.get("messages"))
+    continues = check_bool(given.get("continue_final_message", False), "continue_final_message")
+    adds_prompt = check_bool(given.get("add_generation_prompt", not continues), "add_generation_prompt")
+    if continues and adds_prompt:
+        message = "continue_final_message and add_generation_prompt exclude each other; set one of them to false"
+        raise RequestError(message, "continue_final_message", "invalid_value")
+    kwargs = given.get("chat_template_kwargs", {})
+    if not isinstance(kwargs, dict):
+        message = f"chat_template_kwargs must be an object, not {shown(kwargs)}"
+        raise RequestError(message, "chat_template_kwargs", "invalid_type")
+    for name in _RESERVED_KWARGS & kwargs.keys():
+        message = f"chat_template_kwargs must not hold {name!r}"
+        raise RequestError(message, f"chat_template_kwargs.{name}", "invalid_value")
+    text = render_chat(tokenizer, messages, adds_prompt, continues, kwargs)
+    adds_special = given.get("add_special_tokens", tokenizer.chat_template is None)
+    return text, check_bool(adds_special, "add_special_tokens")
+
+
+def _sampling(given: dict[str, Any]) -> dict[str, Any]:
+    sampling = {name: given[name] for name in fields.SAMPLING & given.keys()}
+    if "max_completion_tokens" in given:
+        sampling["max_tokens"] = check_int(given["max_completion_tokens"], "max_completion_tokens", 1, 2**31 - 1)
+    return sampling
+
+
+def _choice(index: int, one: Completed, options: Options) -> dict[str, Any]:
+    choice = {
+        "index": index,
+        "message": {"role": "assistant", "content": one.text, "refusal": None},
+        "logprobs": None,
+        "finish_reason": one.finish_reason,
+        "stop_reason": one.stop_reason,
+    }
+    if options.return_token_ids:
+        choice["token_ids"] = one.token_ids
+    return choice
+
+
+class _ChatEvents:
+    """First a chunk with `delta.role`, then `delta.content`, at the end an empty delta with the finish_reason."""
+
+    def __init__(self, resolved: Resolved, options: Options) -> None:
+        self._resolved = resolved
+        self._options = options
+        self._new = set(range(len(resolved.requests)))
+
+    def choices(self, index: int, delta: Delta) -> list[bytes]:
+        choices = []
+        if index in self._new:
+            self._new.discard(index)
+            choices.append(self._first(index))
+        token_ids = b""
+        if self._options.return_token_ids:
+            token_ids = b',"token_ids":' + orjson.dumps(delta.token_ids)
+        if delta.text or (token_ids and delta.token_ids):
+            content = orjson.dumps(delta.text)
+            choices.append(
+                b'"index":%d,"delta":{"content":%b},"logprobs":null,"finish_reason":null%b'
+                % (index, content, token_ids)
+            )
+        if delta.finish_reason is not None:
+            reasons = {"finish_reason": delta.finish_reason, "stop_reason": delta.stop_reason}
+            choices.append(b'"index":%d,"delta":{},"logprobs":null,%b' % (index, orjson.dumps(reasons)[1:-1]))
+        return choices
+
+    def _first(self, index: int) -> bytes:
+        choice = b'"index":%d,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null' % index
+        if self._options.return_token_ids:
+            choice += b',"prompt_token_ids":' + orjson.dumps(self._resolved.prompts[0])
+        return choice

@@ -1,0 +1,121 @@
+"""Which fields the HTTP bodies may hold: those that are used, those that are harmless, those that cannot be honoured.
+
+A field that would change the answer is never ignored in silence.
+"""
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from manta.cluster.doors.errors import RequestError
+from manta.configs.sampling import SamplingParams
+
+SAMPLING = frozenset(SamplingParams.model_fields)
+SHARED = frozenset(
+    {
+        "model",
+        "stream",
+        "stream_options",
+        "priority",
+        "cache_salt",
+        "truncate_prompt_tokens",
+        "add_special_tokens",
+        "return_token_ids",
+        "request_id",
+    }
+)
+COMPLETION = SAMPLING | SHARED | {"prompt", "echo"}
+CHAT_TEMPLATE = frozenset({"messages", "add_generation_prompt", "continue_final_message", "chat_template_kwargs"})
+CHAT = SAMPLING | SHARED | CHAT_TEMPLATE | {"max_completion_tokens"}
+TOKENIZE = CHAT_TEMPLATE | {"model", "prompt", "add_special_tokens", "return_token_strs"}
+DETOKENIZE = frozenset({"model", "tokens"})
+
+# OpenAI clients send these; none of them changes the text.
+IGNORED = frozenset(
+    {
+        "user",
+        "metadata",
+        "store",
+        "service_tier",
+        "parallel_tool_calls",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "safety_identifier",
+    }
+)
+
+# Known but not honoured, with the values that ask for nothing (null always does) and are therefore accepted.
+NOT_SUPPORTED: Mapping[str, tuple[Any, ...]] = {
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "prompt_logprobs": (),
+    "logit_bias": ({},),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "structured_outputs": (),
+    "best_of": (1,),
+    "use_beam_search": (False,),
+    "length_penalty": (1, 1.0),
+    "early_stopping": (False,),
+    "allowed_token_ids": (),
+    "bad_words": ([],),
+    "logits_processors": ([],),
+    "prompt_embeds": (),
+    "suffix": ("",),
+    "chat_template": (),
+    "documents": ([],),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "web_search_options": (),
+    "reasoning_effort": (),
+    "verbosity": (),
+    "return_tokens_as_token_ids": (False,),
+    "spaces_between_special_tokens": (True,),
+    "mm_processor_kwargs": ({},),
+    "kv_transfer_params": (),
+    "vllm_xargs": ({},),
+}
+
+_HINTS = {
+    "chat_template": "start the server with --chat-template",
+    "reasoning_effort": "pass what the model's template reads through chat_template_kwargs",
+    "best_of": "use n",
+}
+# Former or misspelt names of constrained output that difflib would not find.
+_CONSTRAINTS = ("guided_", "structured", "grammar", "json_schema", "regex", "choice", "ebnf")
+
+
+def check_fields(body: Mapping[str, Any], used: frozenset[str]) -> dict[str, Any]:
+    """The fields of `body` that are in `used` and not null. Raises RequestError for any other that means something."""
+    for name, value in body.items():
+        if name in used or name in IGNORED or (value is None and name in NOT_SUPPORTED):
+            continue
+        if name not in NOT_SUPPORTED:
+            raise _unknown(name, used)
+        if not _asks_for_nothing(name, value, body):
+            hint = f"; {_HINTS[name]}" if name in _HINTS else ""
+            raise RequestError(f"{name} is not supported by this server{hint}", name, "unsupported_parameter")
+    return {name: value for name, value in body.items() if name in used and value is not None}
+
+
+def _asks_for_nothing(name: str, value: Any, body: Mapping[str, Any]) -> bool:
+    if name in ("tools", "functions"):
+        choice = "tool_choice" if name == "tools" else "function_call"
+        return value == [] or body.get(choice) == "none"
+    # 0 == False: "logprobs": 0 asks for the log probability of the chosen token, so types must agree too.
+    return any(type(value) is type(neutral) and value == neutral for neutral in NOT_SUPPORTED[name])
+
+
+def _unknown(name: str, used: frozenset[str]) -> RequestError:
+    if name.startswith(_CONSTRAINTS):
+        nearest = "structured_outputs"
+        message = f"unknown field {name!r}; the nearest known one is {nearest!r}, which this server does not support"
+        return RequestError(message, name, "unknown_parameter")
+    known = sorted(used | IGNORED | NOT_SUPPORTED.keys())
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    advice = f"did you mean {close[0]!r}?" if close else f"known fields: {', '.join(sorted(used))}"
+    return RequestError(f"unknown field {name!r}; {advice}", name, "unknown_parameter")

@@ -1,0 +1,59 @@
+"""One frontend: connected to an engine, with both doors open."""
+
+import asyncio
+import os
+import random
+import time
+
+from manta.cluster.doors.generation import Running
+from manta.cluster.doors.limits import read_limits
+from manta.cluster.doors.openai_call import Service
+from manta.cluster.doors.server import DoorServer
+from manta.cluster.doors.text import load_tokenizer
+from manta.cluster.doors.validate import Validator
+from manta.cluster.engine.client import Client, EngineClient
+from manta.configs.schema import ServeConfig
+
+
+class Frontend:
+    """Runs in one event loop, as a process of its own or inside a Ray actor.
+
+    `config_json` is a ServeConfig; `engine_address` is "host:port" of the engine's gRPC server.
+    """
+
+    def __init__(self, config_json: str, engine_address: str) -> None:
+        self._config = ServeConfig.model_validate_json(config_json)
+        self._engine_address = engine_address
+        self._client: Client | None = None
+        self._server: DoorServer | None = None
+
+    async def start(self) -> dict[str, int]:
+        """Connects, loads the tokenizer and listens; returns the ports {"http": ..., "grpc": ...}.
+
+        Raises TokenizerError, ModelError, PortError or EngineLostError.
+        """
+        config = self._config
+        tokenizer = await asyncio.to_thread(load_tokenizer, config)
+        self._client = await EngineClient.connect(self._engine_address)
+        info = await self._client.info()
+        limits = await asyncio.to_thread(read_limits, config, info.max_model_len)
+        # Several frontends must not draw the same seeds.
+        seeds = random.Random(config.seed if config.api_server_count == 1 else f"{config.seed}:{os.getpid()}")
+        service = Service(
+            client=self._client,
+            config=config,
+            validator=Validator(limits, tokenizer, seeds),
+            running=Running(self._client, tokenizer),
+            started_s=time.time(),
+        )
+        self._server = DoorServer(service)
+        return await self._server.start()
+
+    async def stop(self, grace_s: float) -> bool:
+        """Refuses new requests, gives running ones `grace_s` to finish, then ends. True if none was cut off."""
+        drained = True
+        if self._server is not None:
+            drained = await self._server.stop(grace_s)
+        if self._client is not None:
+            await self._client.close()
+        return drained

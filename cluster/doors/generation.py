@@ -1,0 +1,159 @@
+"""Calls under way: from resolved requests to a stream of text deltas, with abort from outside."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Iterator
+from typing import cast
+
+from manta.cluster.doors.errors import Kind, RequestError, draining, from_engine
+from manta.cluster.doors.output import Delta, OutputText
+from manta.cluster.doors.text import Tokenizer
+from manta.cluster.doors.validate import Resolved
+from manta.cluster.engine.client import Client, EngineError, TokenChunk
+
+IndexedDelta = tuple[int, Delta]  # the number of the completion within the call, and what is new of it
+
+
+class Call:
+    """One call of a client: one engine request per completion. Built by `Running.call`."""
+
+    def __init__(self, client: Client, tokenizer: Tokenizer, resolved: Resolved) -> None:
+        self._client = client
+        self._tokenizer = tokenizer
+        self._resolved = resolved
+        self._aborted = False
+        self._waiting: set[asyncio.Task[object]] = set()  # tasks that wait for tokens right now
+
+    def abort(self) -> None:
+        """Ends all completions with finish_reason "abort"."""
+        self._aborted = True
+        for task in self._waiting:
+            task.cancel()
+
+    def deltas(self) -> AsyncGenerator[IndexedDelta, None]:
+        """Yields until every completion has a finish_reason. Closing it early aborts the rest. Raises RequestError.
+
+        A consumer that is slow slows the reading from the engine down; nothing piles up here.
+        """
+        streams = [self._deltas_of(index) for index in range(len(self._resolved.requests))]
+        return streams[0] if len(streams) == 1 else _merge(streams)
+
+    async def _deltas_of(self, index: int) -> AsyncGenerator[IndexedDelta, None]:
+        request = self._resolved.requests[index]
+        output = OutputText(self._tokenizer, request.sampling, self._resolved.prompts[index // self._resolved.n])
+        stream = cast(AsyncGenerator[TokenChunk, None], self._client.generate(request))
+        async with contextlib.aclosing(stream) as chunks:
+            while True:
+                chunk = await self._next(chunks)
+                delta = output.abort() if chunk is None else output.push(chunk)
+                yield index, delta
+                if delta.finish_reason is not None:
+                    return
+
+    async def _next(self, chunks: AsyncGenerator[TokenChunk, None]) -> TokenChunk | None:
+        """The next chunk, None when the call is aborted."""
+        if self._aborted:
+            return None
+        task = cast("asyncio.Task[object]", asyncio.current_task())
+        self._waiting.add(task)
+        try:
+            chunk = await anext(chunks)
+        except asyncio.CancelledError:
+            if self._aborted and task.uncancel() == 0:
+                return None
+            raise  # the client has gone
+        except StopAsyncIteration:
+            message = "the engine ended the request without a reason"
+            raise RequestError(message, code="internal_error", kind=Kind.INTERNAL)
+        except EngineError as error:
+            raise from_engine(error)
+        finally:
+            self._waiting.discard(task)
+        if chunk.finish_reason == "error":
+            message = chunk.error or "the engine failed while it ran this request"
+            raise RequestError(message, code="internal_error", kind=Kind.INTERNAL)
+        return chunk
+
+
+async def _merge(streams: list[AsyncGenerator[IndexedDelta, None]]) -> AsyncGenerator[IndexedDelta, None]:
+    """Deltas of several completions as they come. The first error ends them all."""
+    queue: asyncio.Queue[IndexedDelta | Exception] = asyncio.Queue(maxsize=len(streams))
+
+    async def pump(stream: AsyncGenerator[IndexedDelta, None]) -> None:
+        try:
+            async with contextlib.aclosing(stream):
+                async for item in stream:
+                    await queue.put(item)
+        except Exception as error:  # noqa: BLE001 - raised again by the reader of the queue
+            await queue.put(error)
+
+    tasks = [asyncio.create_task(pump(stream)) for stream in streams]
+    try:
+        num_unfinished = len(streams)
+        while num_unfinished:
+            item = await queue.get()
+            if isinstance(item, Exception):
+                raise item
+            num_unfinished -= item[1].finish_reason is not None
+            yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class Running:
+    """The calls under way in this frontend, by id; both doors share it."""
+
+    def __init__(self, client: Client, tokenizer: Tokenizer) -> None:
+        self.is_draining = False
+        self._client = client
+        self._tokenizer = tokenizer
+        self._calls: dict[str, Call] = {}
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._calls
+
+    @contextlib.contextmanager
+    def call(self, request_id: str, resolved: Resolved) -> Iterator[Call]:
+        """The call is known under `request_id` until the block ends. Raises RequestError if it is taken or draining."""
+        self.check_open()
+        if request_id in self._calls:
+            message = f"request_id {request_id!r} is in use by a running request"
+            raise RequestError(message, "request_id", "duplicate_request_id", Kind.DUPLICATE)
+        call = self._calls[request_id] = Call(self._client, self._tokenizer, resolved)
+        self._idle.clear()
+        try:
+            yield call
+        finally:
+            del self._calls[request_id]
+            if not self._calls:
+                self._idle.set()
+
+    def check_open(self) -> None:
+        """Raises RequestError while draining."""
+        if self.is_draining:
+            raise draining()
+
+    def abort(self, request_id: str) -> bool:
+        """False when no such call is running."""
+        call = self._calls.get(request_id)
+        if call is None:
+            return False
+        call.abort()
+        return True
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Takes no new calls; True when all have ended in time, False when the rest was aborted."""
+        self.is_draining = True
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), timeout_s)
+            return True
+        for call in self._calls.values():
+            call.abort()
+        return False

@@ -1,0 +1,83 @@
+"""The HTTP door: all endpoints of one frontend as an ASGI application."""
+
+import uuid
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from manta.cluster.doors.chat import ChatCompletions
+from manta.cluster.doors.completions import Completions
+from manta.cluster.doors.errors import Kind, RequestError, from_engine, internal
+from manta.cluster.doors.exchange import JsonEndpoint, RequestIds, error_headers
+from manta.cluster.doors.openai_call import Service
+from manta.cluster.doors.state import State, json_response
+from manta.cluster.doors.tokenization import Detokenize, Tokenize
+from manta.cluster.engine.client import EngineError
+
+
+def build_app(service: Service) -> Starlette:
+    """The application; every error it answers has the OpenAI API's body."""
+    posts = {
+        "/v1/completions": Completions(service),
+        "/v1/chat/completions": ChatCompletions(service),
+        "/tokenize": Tokenize(service),
+        "/detokenize": Detokenize(service),
+    }
+    routes = [Route(path, JsonEndpoint(handler), methods=["POST"]) for path, handler in posts.items()]
+    return Starlette(
+        routes=routes + State(service).routes(),
+        middleware=[
+            Middleware(RequestIds, new_id=lambda: uuid.uuid4().hex),
+            Middleware(CORSMiddleware, allow_origins=["*"], allow_methods=["*"], allow_headers=["*"]),
+        ],
+        exception_handlers={
+            RequestError: _on_request_error,
+            EngineError: _on_engine_error,
+            HTTPException: _on_http_error,
+            Exception: _on_exception,
+        },
+    )
+
+
+def _answer(error: RequestError) -> Response:
+    response = json_response(error.body(), error.kind.value.http)
+    for name, value in error_headers(error):
+        response.headers[name.decode()] = value.decode()
+    return response
+
+
+async def _on_request_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestError)
+    return _answer(error)
+
+
+async def _on_engine_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, EngineError)
+    return _answer(from_engine(error))
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    """Starlette's own: an unknown path, or a method that the path does not take."""
+    assert isinstance(error, HTTPException)
+    path = request.url.path
+    if error.status_code == 404:
+        return _answer(RequestError(f"there is nothing at {path}", code="not_found", kind=Kind.NOT_FOUND))
+    if error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "")
+        message = f"{path} takes {allowed}, not {request.method}"
+        response = _answer(RequestError(message, code="method_not_allowed", kind=Kind.WRONG_METHOD))
+        response.headers["Allow"] = allowed
+        return response
+    response = _answer(RequestError(error.detail))
+    response.status_code = error.status_code
+    return response
+
+
+async def _on_exception(request: Request, error: Exception) -> Response:
+    """The server logs the traceback; the client learns that it was not its fault."""
+    return _answer(internal(error))

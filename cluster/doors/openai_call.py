@@ -1,0 +1,218 @@
+"""What completions and chat have in common: stream options, usage, events, and running a call to its answer."""
+
+import asyncio
+import contextlib
+import secrets
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import orjson
+
+from manta.cluster.doors.errors import RequestError
+from manta.cluster.doors.exchange import Reply, is_request_id
+from manta.cluster.doors.fields import check_fields
+from manta.cluster.doors.generation import IndexedDelta, Running
+from manta.cluster.doors.output import Delta
+from manta.cluster.doors.validate import Resolved, Validator, check_bool, shown
+from manta.cluster.engine.client import Client
+from manta.configs.schema import ServeConfig
+
+HEADERS_AFTER_S = 1.0  # a refusal by the engine comes sooner and still gets its own HTTP status
+_STREAM_OPTIONS = frozenset({"include_usage", "continuous_usage_stats"})
+# Options of newer OpenAI clients that change only how chunks are padded.
+_IGNORED_STREAM_OPTIONS = frozenset({"include_obfuscation"})
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """What every endpoint works with."""
+
+    client: Client
+    config: ServeConfig
+    validator: Validator
+    running: Running
+    started_s: float  # Unix time
+
+    def free_id(self, prefix: str, wanted: str) -> str:
+        """The id a call runs under; two clients that send the same X-Request-Id do not disturb each other."""
+        request_id = f"{prefix}-{wanted}"
+        return f"{request_id}-{secrets.token_hex(4)}" if request_id in self.running else request_id
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How the answer is given; what is generated is in Resolved."""
+
+    stream: bool
+    include_usage: bool
+    continuous_usage: bool
+    return_token_ids: bool
+
+
+def read_options(fields: dict[str, Any]) -> Options:
+    stream = check_bool(fields.get("stream", False), "stream")
+    wanted = fields.get("stream_options")
+    if wanted is None:
+        wanted = {}
+    elif not stream:
+        raise RequestError("stream_options needs stream=true", "stream_options", "invalid_value")
+    if not isinstance(wanted, dict):
+        raise RequestError(f"stream_options must be an object, not {shown(wanted)}", "stream_options", "invalid_type")
+    for name in wanted.keys() - _STREAM_OPTIONS - _IGNORED_STREAM_OPTIONS:
+        message = f"unknown field 'stream_options.{name}'; known ones: {', '.join(sorted(_STREAM_OPTIONS))}"
+        raise RequestError(message, f"stream_options.{name}", "unknown_parameter")
+    values = {name: check_bool(wanted[name], f"stream_options.{name}") for name in _STREAM_OPTIONS & wanted.keys()}
+    continuous = values.get("continuous_usage_stats", False)
+    return_token_ids = check_bool(fields.get("return_token_ids", False), "return_token_ids")
+    return Options(stream, values.get("include_usage", continuous), continuous, return_token_ids)
+
+
+def read_request_id(fields: dict[str, Any], header: str) -> str:
+    """The body's request_id, else the one of the X-Request-Id header."""
+    wanted = fields.get("request_id", header)
+    if not isinstance(wanted, str) or not is_request_id(wanted):
+        message = "request_id must be up to 128 printable ASCII characters without spaces"
+        raise RequestError(message, "request_id", "invalid_value")
+    return wanted
+
+
+class Usage:
+    """Token counts of one call. A prompt counts once, however many completions it has."""
+
+    def __init__(self, resolved: Resolved) -> None:
+        self._n = resolved.n
+        self._num_prompt_tokens = resolved.num_prompt_tokens
+        self._num_cached_tokens = [0] * len(resolved.prompts)
+        self._num_completion_tokens = 0
+
+    def add(self, index: int, delta: Delta) -> None:
+        self._num_completion_tokens += len(delta.token_ids)
+        if delta.num_cached_tokens and index % self._n == 0:
+            self._num_cached_tokens[index // self._n] = delta.num_cached_tokens
+
+    def counts(self) -> dict[str, int]:
+        return {
+            "prompt_tokens": self._num_prompt_tokens,
+            "completion_tokens": self._num_completion_tokens,
+            "cached_tokens": sum(self._num_cached_tokens),
+        }
+
+    def body(self) -> dict[str, Any]:
+        """The `usage` object of the OpenAI API."""
+        counts = self.counts()
+        return {
+            "prompt_tokens": counts["prompt_tokens"],
+            "completion_tokens": counts["completion_tokens"],
+            "total_tokens": counts["prompt_tokens"] + counts["completion_tokens"],
+            "prompt_tokens_details": {"cached_tokens": counts["cached_tokens"]},
+        }
+
+
+class EventFormat(Protocol):
+    """How one API writes its choices. `choices` gives the inside of each `choices: [{...}]`, without braces."""
+
+    def choices(self, index: int, delta: Delta) -> list[bytes]: ...
+
+
+class Events:
+    """Server-sent events of one call. What does not change from chunk to chunk is encoded once."""
+
+    def __init__(self, head: dict[str, Any], usage: Usage, options: Options) -> None:
+        self._start = b"data: " + orjson.dumps(head)[:-1] + b',"choices":['
+        self._usage = usage
+        self._options = options
+        self._end = b'}],"usage":null}\n\n' if options.include_usage else b"}]}\n\n"
+
+    def encode(self, choices: list[bytes]) -> bytes:
+        end = self._end
+        if self._options.continuous_usage:
+            end = b'}],"usage":' + orjson.dumps(self._usage.body()) + b"}\n\n"
+        start = self._start + b"{"
+        return b"".join([start + choice + end for choice in choices])
+
+    def last(self) -> bytes:
+        """The usage chunk, where it was asked for."""
+        if not self._options.include_usage:
+            return b""
+        return self._start + b'],"usage":' + orjson.dumps(self._usage.body()) + b"}\n\n"
+
+
+async def stream_call(
+    service: Service, head: dict[str, Any], resolved: Resolved, options: Options, form: EventFormat, reply: Reply
+) -> None:
+    """Streams the call as events. Raises RequestError; before the first event it still is an HTTP status."""
+    usage = Usage(resolved)
+    events = Events(head, usage, options)
+    with service.running.call(head["id"], resolved) as call:
+        async with contextlib.aclosing(_started(call.deltas(), reply)) as deltas:
+            async for index, delta in deltas:
+                usage.add(index, delta)
+                choices = form.choices(index, delta)
+                if choices:
+                    await reply.events(events.encode(choices))
+        await reply.end_events(events.last())
+
+
+async def _started(deltas: AsyncGenerator[IndexedDelta, None], reply: Reply) -> AsyncGenerator[IndexedDelta, None]:
+    """The same deltas; the headers go out with the first of them, or when it takes long."""
+    async with contextlib.aclosing(deltas):
+        first = asyncio.ensure_future(anext(deltas))
+        try:
+            done, _ = await asyncio.wait({first}, timeout=HEADERS_AFTER_S)
+            if not done:
+                await reply.start_events()
+            item = await first
+        finally:
+            if first.cancel():
+                await asyncio.wait({first})
+        if done:
+            await reply.start_events()
+        yield item
+        async for item in deltas:
+            yield item
+
+
+@dataclass(slots=True)
+class Completed:
+    """One finished completion."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None
+    stop_reason: str | int | None
+
+
+async def collect_call(service: Service, request_id: str, resolved: Resolved) -> tuple[list[Completed], Usage]:
+    """Runs the call to its end: one Completed per request, in order. Raises RequestError."""
+    usage = Usage(resolved)
+    texts: list[list[str]] = [[] for _ in resolved.requests]
+    completed = [Completed("", [], None, None) for _ in resolved.requests]
+    with service.running.call(request_id, resolved) as call:
+        async with contextlib.aclosing(call.deltas()) as deltas:
+            async for index, delta in deltas:
+                usage.add(index, delta)
+                texts[index].append(delta.text)
+                one = completed[index]
+                one.token_ids += delta.token_ids
+                one.finish_reason, one.stop_reason = delta.finish_reason, delta.stop_reason
+    for one, pieces in zip(completed, texts, strict=True):
+        one.text = "".join(pieces)
+    return completed, usage
+
+
+def new_head(service: Service, kind: str, request_id: str) -> dict[str, Any]:
+    """The fields that every object and chunk of an answer begins with."""
+    return {
+        "id": request_id,
+        "object": kind,
+        "created": int(time.time()),
+        "model": service.config.model_name,
+    }
+
+
+def read_fields(service: Service, body: dict[str, Any], used: frozenset[str]) -> dict[str, Any]:
+    """Refuses work early while the server drains, then unknown fields."""
+    service.running.check_open()
+    return check_fields(body, used)

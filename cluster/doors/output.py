@@ -1,0 +1,77 @@
+"""One request's way back from tokens to text: detokenize, find stop strings, say why it ended."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from manta.cluster.doors.detokenize import new_detokenizer
+from manta.cluster.doors.stops import StopStrings
+from manta.cluster.doors.text import Tokenizer
+from manta.cluster.engine.client import TokenChunk
+from manta.configs.sampling import SamplingParams
+
+
+@dataclass(slots=True)
+class Delta:
+    """What is new of one completion; the last one has a finish_reason."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None = None  # "stop", "length", "abort"
+    stop_reason: str | int | None = None  # the stop string or stop token id of the request that ended it
+    num_cached_tokens: int = 0
+
+
+class OutputText:
+    """Turns the token chunks of one request into deltas.
+
+    The text never ends inside a character or inside what may become a stop string. A stop token is counted and listed
+    among the token ids but not written, unless `include_stop_str_in_output`. Stop strings do not count before
+    `min_tokens`.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, sampling: SamplingParams, prompt_token_ids: Sequence[int] = ()) -> None:
+        self.num_tokens = 0
+        self._detokenizer = new_detokenizer(tokenizer, sampling.skip_special_tokens, prompt_token_ids)
+        self._stops = StopStrings(sampling.stop, sampling.include_stop_str_in_output) if sampling.stop else None
+        self._min_tokens = sampling.min_tokens
+        self._stop_token_ids = frozenset(sampling.stop_token_ids)
+        self._writes_stop_token = sampling.include_stop_str_in_output
+
+    def push(self, chunk: TokenChunk) -> Delta:
+        """The delta of one chunk. Its finish_reason may be "stop" where the chunk has none: a stop string is complete,
+        and the caller ends the request."""
+        token_ids = chunk.token_ids
+        text = ""
+        for index, token_id in enumerate(token_ids):
+            self.num_tokens += 1
+            is_last = index == len(token_ids) - 1
+            if is_last and token_id == chunk.stop_token and chunk.finish_reason and not self._writes_stop_token:
+                break
+            text += self._through_stops(self._detokenizer.push(token_id))
+            if self._stops is not None and self._stops.matched is not None:
+                kept = token_ids[: index + 1]
+                return Delta(text, kept, "stop", self._stops.matched, chunk.num_cached_tokens)
+        if chunk.finish_reason is None:
+            return Delta(text, token_ids, num_cached_tokens=chunk.num_cached_tokens)
+        return self._finish(text, chunk)
+
+    def abort(self) -> Delta:
+        """The last delta of a request that was ended from outside."""
+        return self._finish("", TokenChunk([], "abort"))
+
+    def _finish(self, text: str, chunk: TokenChunk) -> Delta:
+        text += self._through_stops(self._detokenizer.flush())
+        finish_reason = chunk.finish_reason
+        stop_reason: str | int | None = None
+        if self._stops is not None:
+            text += self._stops.flush()
+            if self._stops.matched is not None:
+                finish_reason, stop_reason = "stop", self._stops.matched
+        if stop_reason is None and chunk.stop_token in self._stop_token_ids:
+            stop_reason = chunk.stop_token
+        return Delta(text, chunk.token_ids, finish_reason, stop_reason, chunk.num_cached_tokens)
+
+    def _through_stops(self, text: str) -> str:
+        if self._stops is None or not text or self.num_tokens <= self._min_tokens:
+            return text
+        return self._stops.push(text)

@@ -1,0 +1,191 @@
+"""The gRPC door: manta.inference.v1 over the same validator and the same calls as HTTP."""
+
+import contextlib
+import functools
+import logging
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from typing import Any, NoReturn, TypeVar
+
+from manta.cluster.doors.errors import RequestError, from_engine, internal
+from manta.cluster.doors.exchange import is_request_id
+from manta.cluster.doors.generation import IndexedDelta
+from manta.cluster.doors.openai_call import Service, Usage
+from manta.cluster.doors.output import Delta
+from manta.cluster.doors.state import answer_in_time, manta_version
+from manta.cluster.doors.validate import Ask, Prompt
+from manta.cluster.engine.client import EngineError
+from manta.protos import inference_pb2 as pb
+from manta.protos import inference_pb2_grpc as pb_grpc
+
+logger = logging.getLogger("manta.doors")
+Context = Any  # grpc.aio.ServicerContext, which is generic in a way that says nothing here
+Answer = TypeVar("Answer")
+
+
+async def _fail(context: Context, error: RequestError | EngineError) -> NoReturn:
+    if isinstance(error, EngineError):
+        error = from_engine(error)
+    details = {"error-param": error.param, "error-code": error.code}
+    metadata = [(key, value) for key, value in details.items() if value]
+    if error.retry_after_s is not None:
+        metadata.append(("retry-after", str(max(1, round(error.retry_after_s)))))
+    await context.abort(error.kind.value.grpc, error.message, tuple(metadata))
+    raise AssertionError("abort raises")
+
+
+def _answered(
+    method: Callable[["InferenceServicer", Any], Awaitable[Answer]],
+) -> Callable[["InferenceServicer", Any, Context], Awaitable[Answer]]:
+    """Turns the errors of a unary call into its status."""
+
+    @functools.wraps(method)
+    async def answered(self: "InferenceServicer", request: Any, context: Context) -> Answer:
+        try:
+            return await method(self, request)
+        except (RequestError, EngineError) as error:
+            await _fail(context, error)
+        except Exception as error:
+            logger.exception("%s failed", method.__name__)
+            await _fail(context, internal(error))
+
+    return answered
+
+
+class InferenceServicer(pb_grpc.InferenceServicer):
+    """Errors are status codes; the trailing metadata names the field (`error-param`) and the `error-code`."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
+        try:
+            async with contextlib.aclosing(_generate(self._service, request)) as responses:
+                async for response in responses:
+                    yield response
+        except (RequestError, EngineError) as error:
+            await _fail(context, error)
+        except Exception as error:
+            logger.exception("Generate failed")
+            await _fail(context, internal(error))
+
+    @_answered
+    async def Tokenize(self, request: pb.TokenizeRequest) -> pb.TokenizeResponse:
+        validator = self._service.validator
+        adds_special = request.add_special_tokens if request.HasField("add_special_tokens") else True
+        token_ids = await validator.encode(request.text, adds_special)
+        return pb.TokenizeResponse(ids=token_ids, max_model_len=validator.limits.max_model_len)
+
+    @_answered
+    async def Detokenize(self, request: pb.DetokenizeRequest) -> pb.DetokenizeResponse:
+        validator = self._service.validator
+        token_ids = validator.check_tokens(list(request.ids), "ids")
+        return pb.DetokenizeResponse(text=validator.tokenizer.decode(token_ids))
+
+    @_answered
+    async def Abort(self, request: pb.AbortRequest) -> pb.AbortResponse:
+        return pb.AbortResponse(found=self._service.running.abort(request.request_id))
+
+    @_answered
+    async def GetModelInfo(self, request: pb.GetModelInfoRequest) -> pb.GetModelInfoResponse:
+        info = await answer_in_time(self._service.client.info())
+        config, limits = self._service.config, self._service.validator.limits
+        return pb.GetModelInfoResponse(
+            model=limits.model_name,
+            path=config.model,
+            architecture=limits.architecture,
+            max_model_len=limits.max_model_len,
+            vocab_size=limits.vocab_size,
+            tensor_parallel_size=config.tensor_parallel_size,
+            pipeline_parallel_size=config.pipeline_parallel_size,
+            data_parallel_size=config.data_parallel_size,
+            num_blocks=info.num_blocks,
+            block_size=info.block_size,
+            version=manta_version(),
+        )
+
+    @_answered
+    async def GetLoad(self, request: pb.GetLoadRequest) -> pb.GetLoadResponse:
+        load = await answer_in_time(self._service.client.load())
+        return pb.GetLoadResponse(
+            num_running=load.num_running,
+            num_waiting=load.num_waiting,
+            num_free_blocks=load.num_free_blocks,
+            num_blocks=load.num_blocks,
+            kv_cache_usage=load.kv_cache_usage,
+        )
+
+
+async def _generate(service: Service, request: pb.GenerateRequest) -> AsyncGenerator[pb.GenerateResponse, None]:
+    service.running.check_open()
+    request_id = request.request_id or uuid.uuid4().hex
+    if not is_request_id(request_id):
+        message = "request_id must be up to 128 printable ASCII characters without spaces"
+        raise RequestError(message, "request_id", "invalid_value")
+    if request.output not in pb.GenerateRequest.Output.values():
+        raise RequestError(f"output {request.output} is not one of the Output values", "output", "invalid_value")
+    resolved = await service.validator.resolve(read_ask(request), request_id)
+    usage = Usage(resolved)
+    with service.running.call(request_id, resolved) as call:
+        async with contextlib.aclosing(call.deltas()) as deltas:
+            steps = deltas if request.stream else _joined(deltas)
+            async for _, delta in steps:
+                usage.add(0, delta)
+                response = _response(request_id, delta, request.output, usage)
+                if response is not None:
+                    yield response
+
+
+def read_ask(request: pb.GenerateRequest) -> Ask:
+    """The request in the validator's words: sampling fields that are not set do not appear."""
+    sampling = {
+        descriptor.name: list(value) if descriptor.is_repeated else value
+        for descriptor, value in request.sampling.ListFields()
+    }
+    return Ask(
+        prompts=[_prompt(request)],
+        sampling=sampling,
+        model=request.model,
+        priority=request.priority,
+        cache_salt=request.cache_salt,
+    )
+
+
+def _prompt(request: pb.GenerateRequest) -> Prompt:
+    kind = request.WhichOneof("prompt")
+    if kind is None:
+        raise RequestError("prompt is required", "prompt", "missing_required_parameter")
+    return request.text if kind == "text" else list(request.tokens.ids)
+
+
+async def _joined(deltas: AsyncIterator[IndexedDelta]) -> AsyncIterator[IndexedDelta]:
+    """All deltas of one completion as a single one."""
+    texts: list[str] = []
+    token_ids: list[int] = []
+    num_cached_tokens = 0
+    async for index, delta in deltas:
+        texts.append(delta.text)
+        token_ids += delta.token_ids
+        num_cached_tokens = max(num_cached_tokens, delta.num_cached_tokens)
+        if delta.finish_reason is not None:
+            text = "".join(texts)
+            yield index, Delta(text, token_ids, delta.finish_reason, delta.stop_reason, num_cached_tokens)
+
+
+def _response(request_id: str, delta: Delta, output: int, usage: Usage) -> pb.GenerateResponse | None:
+    text = "" if output == pb.GenerateRequest.TOKENS else delta.text
+    token_ids = [] if output == pb.GenerateRequest.TEXT else delta.token_ids
+    if delta.finish_reason is None:
+        return pb.GenerateResponse(request_id=request_id, text=text, token_ids=token_ids) if text or token_ids else None
+    response = pb.GenerateResponse(
+        request_id=request_id,
+        text=text,
+        token_ids=token_ids,
+        finish_reason=delta.finish_reason,
+        usage=pb.Usage(**usage.counts()),
+    )
+    if isinstance(delta.stop_reason, str):
+        response.stop_string = delta.stop_reason
+    elif delta.stop_reason is not None:
+        response.stop_token_id = delta.stop_reason
+    return response

@@ -1,0 +1,128 @@
+"""Opens both doors in the running event loop and closes them again."""
+
+import asyncio
+import contextlib
+import errno
+import socket
+from collections.abc import Iterator
+
+import grpc
+import uvicorn
+from grpc_health.v1 import health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from manta.cluster.doors.exchange import MAX_BODY_BYTES
+from manta.cluster.doors.http import build_app
+from manta.cluster.doors.openai_call import Service
+from manta.cluster.doors.rpc import InferenceServicer
+from manta.cluster.doors.rpc_health import HealthServicer
+from manta.protos import inference_pb2, inference_pb2_grpc
+
+KEEP_ALIVE_S = 75  # idle HTTP connections; longer than the 60 s after which common proxies drop theirs
+CLOSE_TIMEOUT_S = 1  # for the last bytes, once the calls have ended
+_GRPC_NAMES = (inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name,)
+
+
+class PortError(OSError):
+    """A port cannot be listened on; the message is one sentence."""
+
+
+class _HttpServer(uvicorn.Server):
+    """uvicorn without signal handlers of its own: the process that embeds it owns the signals."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class DoorServer:
+    """The HTTP and the gRPC server of one frontend. Not reusable after `stop`."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._http: _HttpServer | None = None
+        self._http_task: asyncio.Task[None] | None = None
+        self._grpc: grpc.aio.Server | None = None
+
+    async def start(self) -> dict[str, int]:
+        """Listens; returns the ports as {"http": ..., "grpc": ...}. Raises PortError."""
+        config = self._service.config
+        shares_port = config.api_server_count > 1
+        http_socket = _listen(config.host, config.port, shares_port)
+        try:
+            grpc_port = await self._start_grpc(config.host, config.grpc_port, shares_port)
+        except PortError:
+            http_socket.close()
+            raise
+        http_port = int(http_socket.getsockname()[1])
+        self._http = _HttpServer(
+            uvicorn.Config(
+                build_app(self._service),
+                http="httptools",
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                timeout_keep_alive=KEEP_ALIVE_S,
+                timeout_graceful_shutdown=CLOSE_TIMEOUT_S,
+            )
+        )
+        self._http_task = asyncio.create_task(self._http.serve(sockets=[http_socket]))
+        while not self._http.started and not self._http_task.done():
+            await asyncio.sleep(0.01)  # uvicorn has no event for it
+        if self._http_task.done():
+            await self._http_task
+        return {"http": http_port, "grpc": grpc_port}
+
+    async def stop(self, grace_s: float) -> bool:
+        """Refuses new calls, lets running ones finish for `grace_s`, aborts the rest. True if none was aborted."""
+        drained = await self._service.running.drain(grace_s)
+        if self._grpc is not None:
+            await self._grpc.stop(CLOSE_TIMEOUT_S)
+        if self._http is not None and self._http_task is not None:
+            self._http.should_exit = True
+            await self._http_task
+        return drained
+
+    async def _start_grpc(self, host: str, port: int, shares_port: bool) -> int:
+        server = grpc.aio.server(
+            options=[
+                ("grpc.so_reuseport", int(shares_port)),
+                ("grpc.max_receive_message_length", MAX_BODY_BYTES),
+                ("grpc.http2.max_ping_strikes", 0),
+                ("grpc.keepalive_permit_without_calls", 1),
+            ]
+        )
+        inference_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(self._service), server)
+        health_pb2_grpc.add_HealthServicer_to_server(HealthServicer(self._service, _GRPC_NAMES), server)
+        reflection.enable_server_reflection((*_GRPC_NAMES, "grpc.health.v1.Health", reflection.SERVICE_NAME), server)
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        try:
+            bound = server.add_insecure_port(address)
+        except RuntimeError:
+            bound = 0
+        if not bound:
+            raise PortError(f"gRPC cannot listen on {address}: it is in use or not ours; choose another with grpc_port")
+        await server.start()
+        self._grpc = server
+        return int(bound)
+
+
+def _listen(host: str, port: int, shares_port: bool) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if shares_port:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise PortError(f"HTTP port {port} on {host} is in use by another process; choose another with port")
+        raise PortError(f"HTTP cannot listen on {host}:{port}: {error.strerror or error}")
+    listener.setblocking(False)
+    return listener

@@ -1,0 +1,130 @@
+"""Text to tokens and back: the tokenizer of the served model, with the parts of it that the doors use."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from manta.configs.schema import ServeConfig
+
+
+class TokenizerError(ValueError):
+    """The tokenizer or the chat template cannot be loaded; the message says which one and why."""
+
+
+class TokenBytes(dict[int, bytes]):
+    """Token id -> the bytes it stands for in a byte-level vocabulary; filled as tokens are met."""
+
+    def __init__(self, backend: Any, skipped_ids: frozenset[int]) -> None:
+        super().__init__(dict.fromkeys(skipped_ids, b""))
+        self._backend = backend
+
+    def __missing__(self, token_id: int) -> bytes:
+        token = self._backend.id_to_token(token_id) or ""  # ids that only pad the embedding have no text
+        try:
+            value = bytes(_BYTE_OF[character] for character in token)
+        except KeyError:  # an added token: its characters stand for themselves
+            value = token.encode()
+        self[token_id] = value
+        return value
+
+
+def _byte_of_character() -> dict[str, int]:
+    """The printable characters that byte-level BPE writes bytes with (GPT-2): most stand for themselves."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_of_character()
+
+
+class Tokenizer:
+    """Wraps a Hugging Face tokenizer. Safe to call from several threads.
+
+    `chat_template` replaces the tokenizer's own; None keeps it.
+    """
+
+    def __init__(self, hf_tokenizer: Any, chat_template: str | None = None) -> None:
+        self.hf = hf_tokenizer
+        self.chat_template: str | None = chat_template or _default_template(hf_tokenizer)
+        self._backend = hf_tokenizer.backend_tokenizer if hf_tokenizer.is_fast else None
+        if self._backend is not None:
+            # Set once here, so that encoding never changes the shared tokenizer while another thread uses it.
+            self._backend.no_truncation()
+            self._backend.no_padding()
+        self._token_bytes: dict[bool, TokenBytes] = {}
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """Token ids the tokenizer knows, added ones included; the model's embedding may be larger."""
+        return len(self.hf)
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that `skip_special_tokens` leaves out of text."""
+        if self._backend is None:
+            return frozenset(self.hf.all_special_ids)
+        return frozenset(id for id, token in self._backend.get_added_tokens_decoder().items() if token.special)
+
+    @cached_property
+    def is_byte_level(self) -> bool:
+        """Every token is a fixed run of bytes (GPT-2, Llama 3, Qwen), so that decoding is concatenation."""
+        return self._backend is not None and type(self._backend.decoder).__name__ == "ByteLevel"
+
+    @cached_property
+    def max_token_characters(self) -> int:
+        """Length of the longest token's text as it is written in the vocabulary."""
+        return max(len(token) for token in self.hf.get_vocab())
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        if self._backend is not None:
+            ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+            return ids
+        return list(self.hf.encode(text, add_special_tokens=add_special_tokens))
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        if self._backend is not None:
+            return str(self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
+        text = self.hf.decode(token_ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+        return str(text)
+
+    def tokens(self, token_ids: Sequence[int]) -> list[str]:
+        """The tokens as the vocabulary writes them; "" for an id without one."""
+        return [token or "" for token in self.hf.convert_ids_to_tokens(list(token_ids))]
+
+    def token_bytes(self, skip_special_tokens: bool) -> TokenBytes:
+        """Bytes per token id, for byte-level vocabularies only; one table per flag for all requests."""
+        if skip_special_tokens not in self._token_bytes:
+            skipped = self.special_ids if skip_special_tokens else frozenset[int]()
+            self._token_bytes[skip_special_tokens] = TokenBytes(self._backend, skipped)
+        return self._token_bytes[skip_special_tokens]
+
+
+def load_tokenizer(config: ServeConfig) -> Tokenizer:
+    """The tokenizer of the configured model, with `config.chat_template` (a file or the text). Raises TokenizerError."""
+    from transformers import AutoTokenizer  # takes seconds and brings torch along
+
+    name = config.tokenizer or config.model
+    try:
+        hf_tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise TokenizerError(f"no tokenizer can be loaded from {name!r} (set tokenizer to another one): {reason}")
+    return Tokenizer(hf_tokenizer, _read_template(config.chat_template))
+
+
+def _read_template(template: str | None) -> str | None:
+    if template is None or "{" in template or "\n" in template:
+        return template
+    path = Path(template)
+    if not path.is_file():
+        raise TokenizerError(f"chat_template {template!r} is neither a file nor a jinja template")
+    return path.read_text(encoding="utf-8")
+
+
+def _default_template(hf_tokenizer: Any) -> str | None:
+    template = hf_tokenizer.chat_template
+    if isinstance(template, dict):  # several, by name
+        template = template.get("default")
+    return template

@@ -1,0 +1,266 @@
+"""The one validator behind HTTP and gRPC: what a client asked for becomes engine requests, or one clear error."""
+
+import asyncio
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import ValidationError
+
+from manta.cluster.doors.errors import Kind, RequestError
+from manta.cluster.doors.limits import ModelLimits
+from manta.cluster.doors.text import Tokenizer
+from manta.cluster.engine.client import GenerationRequest, resolve_sampling
+from manta.configs.sampling import SamplingParams
+
+DEFAULT_MAX_TOKENS = 16  # of completions, as in the OpenAI API
+MAX_PROMPTS = 1024  # in one call
+MAX_SEQUENCES = 2048  # in one call: prompts times n
+MAX_STOP_CHARACTERS = 1024  # of one stop string
+MAX_SALT_CHARACTERS = 1024
+THREAD_CHARACTERS = 8192  # longer texts are tokenized in a thread; shorter ones take about a millisecond
+_INT32 = 2**31
+
+Prompt = str | list[int]
+
+
+@dataclass(slots=True)
+class Ask:
+    """What a client asked for, in the words of neither door. Values are as the client sent them, unchecked."""
+
+    prompts: list[Prompt]
+    sampling: Mapping[str, Any]  # only the fields that the client set
+    model: Any = None
+    priority: Any = 0
+    cache_salt: Any = ""
+    tenant: str = ""
+    truncate_prompt_tokens: Any = None
+    add_special_tokens: Any = True
+    fills_context: bool = False  # without max_tokens: up to the context length (chat), not 16 tokens (completions)
+    prompt_param: str = "prompt"  # the field that errors about the prompt name
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """A call that will run: completion j of prompt i is request i * n + j."""
+
+    prompts: list[list[int]]
+    n: int
+    requests: list[GenerationRequest] = field(default_factory=list)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Every prompt counted once, however many completions it gets."""
+        return sum(map(len, self.prompts))
+
+
+class Validator:
+    """Checks against the limits of one model. `seeds` draws the seeds of requests that have none."""
+
+    def __init__(self, limits: ModelLimits, tokenizer: Tokenizer, seeds: random.Random) -> None:
+        self.limits = limits
+        self.tokenizer = tokenizer
+        self._seeds = seeds
+
+    async def resolve(self, ask: Ask, request_id: str) -> Resolved:
+        """Raises RequestError naming the field at fault. Long texts are tokenized in a thread."""
+        self.check_model(ask.model)
+        sampling = self.check_sampling(ask.sampling, ask.fills_context)
+        priority = check_int(ask.priority, "priority", -_INT32, _INT32 - 1)
+        salt = _check_salt(ask.cache_salt)
+        if len(ask.prompts) * sampling.n > MAX_SEQUENCES:
+            raise RequestError(
+                f"{len(ask.prompts)} prompts with n={sampling.n} are more than {MAX_SEQUENCES} completions", "n"
+            )
+        keep = self._num_tokens_kept(ask.truncate_prompt_tokens, sampling)
+        prompts = await self._encode_all(ask, keep)
+        resolved = Resolved(prompts, sampling.n)
+        for token_ids in prompts:
+            fitted = self._fit_context(sampling, len(token_ids), "max_tokens" in ask.sampling, ask)
+            seed = self._seeds.getrandbits(63)
+            for one in resolve_sampling(fitted, len(token_ids), self.limits.max_model_len, seed):
+                name = request_id
+                if len(prompts) * sampling.n > 1:
+                    name = f"{request_id}-{len(resolved.requests)}"
+                resolved.requests.append(GenerationRequest(name, token_ids, one, priority, ask.tenant, salt))
+        return resolved
+
+    def check_model(self, model: Any) -> None:
+        """No name means the served model."""
+        if model is None or model == "":
+            return
+        if not isinstance(model, str):
+            raise RequestError("model must be a string", "model", "invalid_type")
+        if model != self.limits.model_name:
+            message = f"The model {model!r} does not exist; this server serves {self.limits.model_name!r}"
+            raise RequestError(message, "model", "model_not_found", Kind.NOT_FOUND)
+
+    def check_sampling(self, raw: Mapping[str, Any], fills_context: bool) -> SamplingParams:
+        """Fields not in `raw` take the model's defaults. max_tokens None: up to the context length."""
+        values: dict[str, Any] = {"max_tokens": None if fills_context else DEFAULT_MAX_TOKENS}
+        if not fills_context:
+            values |= {name: value for name, value in self.limits.sampling_defaults.items() if name != "max_tokens"}
+        else:
+            values |= self.limits.sampling_defaults
+        values |= raw
+        for name in ("stop", "stop_token_ids"):
+            if isinstance(values.get(name), list):
+                values[name] = tuple(values[name])  # strict mode, which keeps "1" and true from being numbers
+        try:
+            sampling = SamplingParams.model_validate(values, strict=True)
+        except ValidationError as error:
+            raise _sampling_error(error)
+        for text in sampling.stop:
+            if len(text) > MAX_STOP_CHARACTERS:
+                message = f"stop: a stop string has {len(text)} characters; at most {MAX_STOP_CHARACTERS} are possible"
+                raise RequestError(message, "stop", "invalid_value")
+        self._check_vocabulary(sampling.stop_token_ids, "stop_token_ids")
+        return sampling
+
+    async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`; a long text leaves the event loop free for the streams of others."""
+        if len(text) < THREAD_CHARACTERS:
+            return self._encode(text, add_special_tokens)
+        return await asyncio.to_thread(self._encode, text, add_special_tokens)
+
+    def check_tokens(self, token_ids: Any, param: str) -> list[int]:
+        """A list of token ids of the model."""
+        if not isinstance(token_ids, list) or not all(type(token) is int for token in token_ids):
+            raise RequestError(f"{param} must be a list of token ids", param, "invalid_type")
+        self._check_vocabulary(token_ids, param)
+        return token_ids
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        try:
+            return self.tokenizer.encode(text, add_special_tokens)
+        except UnicodeEncodeError:
+            raise RequestError("the text holds half of a surrogate pair, which is not Unicode", code="invalid_value")
+
+    def _check_vocabulary(self, token_ids: Any, param: str) -> None:
+        if not token_ids:
+            return
+        low, high = min(token_ids), max(token_ids)
+        if low < 0 or high >= self.limits.vocab_size:
+            message = (
+                f"{param}: token id {low if low < 0 else high} is outside the vocabulary; "
+                f"ids go from 0 to {self.limits.vocab_size - 1}"
+            )
+            raise RequestError(message, param, "invalid_value")
+
+    def _num_tokens_kept(self, truncate: Any, sampling: SamplingParams) -> int | None:
+        if truncate is None:
+            return None
+        limit = self.limits.max_model_len
+        keep = check_int(truncate, "truncate_prompt_tokens", -1, limit)
+        if keep == 0:
+            raise RequestError(
+                f"truncate_prompt_tokens must be -1 (what fits) or 1 to {limit}", "truncate_prompt_tokens"
+            )
+        return max(limit - (sampling.max_tokens or 1), 1) if keep == -1 else keep
+
+    async def _encode_all(self, ask: Ask, keep: int | None) -> list[list[int]]:
+        add_special_tokens = check_bool(ask.add_special_tokens, "add_special_tokens")
+        prompts = []
+        for prompt in ask.prompts:
+            if isinstance(prompt, str):
+                self._check_characters(prompt, keep, ask.prompt_param)
+                token_ids = await self.encode(prompt, add_special_tokens)
+            else:
+                token_ids = self.check_tokens(prompt, ask.prompt_param)
+            if keep is not None:
+                token_ids = token_ids[-keep:]
+            if not token_ids:
+                raise RequestError(f"{ask.prompt_param} must not be empty", ask.prompt_param, "invalid_value")
+            prompts.append(token_ids)
+        return prompts
+
+    def _check_characters(self, text: str, keep: int | None, param: str) -> None:
+        """Refuses what cannot fit even if every token were the longest, before the tokenizer works on it."""
+        limit = self.limits.max_model_len
+        if keep is None and len(text) > limit * self.tokenizer.max_token_characters:
+            message = (
+                f"This model's maximum context length is {limit} tokens. However, your prompt has {len(text)} "
+                f"characters, which no {limit} tokens can hold. Please shorten it or set truncate_prompt_tokens."
+            )
+            raise RequestError(message, param, "context_length_exceeded")
+
+    def _fit_context(self, sampling: SamplingParams, num_tokens: int, is_explicit: bool, ask: Ask) -> SamplingParams:
+        limit = self.limits.max_model_len
+        rest = limit - num_tokens
+        wanted = sampling.max_tokens if is_explicit and sampling.max_tokens is not None else 1
+        if wanted > rest:
+            message = (
+                f"This model's maximum context length is {limit} tokens. However, you requested "
+                f"{num_tokens + wanted} tokens ({num_tokens} in the {ask.prompt_param}, {wanted} in the completion). "
+                f"Please reduce the length of the {ask.prompt_param} or of the completion."
+            )
+            param = ask.prompt_param if rest < 1 else "max_tokens"
+            raise RequestError(message, param, "context_length_exceeded")
+        max_tokens = min(sampling.max_tokens or rest, rest)
+        if sampling.min_tokens > max_tokens:
+            message = f"min_tokens={sampling.min_tokens} must not exceed the {max_tokens} tokens that fit the context"
+            raise RequestError(message, "min_tokens", "invalid_value")
+        return sampling.model_copy(update={"max_tokens": max_tokens})
+
+
+def check_prompts(value: Any) -> list[Prompt]:
+    """The `prompt` of a completions body: a text, token ids, or a list of either. Raises RequestError."""
+    if value is None:
+        raise RequestError("prompt is required", "prompt", "missing_required_parameter")
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list) and value:
+        if all(type(item) is int for item in value):
+            return [value]
+        if len(value) > MAX_PROMPTS:
+            message = f"prompt holds {len(value)} prompts; at most {MAX_PROMPTS} are possible in one call"
+            raise RequestError(message, "prompt", "invalid_value")
+        if all(isinstance(item, str) for item in value) or all(isinstance(item, list) for item in value):
+            return value
+    elif value == []:
+        raise RequestError("prompt must not be empty", "prompt", "invalid_value")
+    raise RequestError(
+        "prompt must be a string, a list of strings, a list of token ids or a list of lists of token ids",
+        "prompt",
+        "invalid_type",
+    )
+
+
+def check_int(value: Any, param: str, low: int, high: int) -> int:
+    if type(value) is not int:
+        raise RequestError(f"{param} must be an integer, not {shown(value)}", param, "invalid_type")
+    if not low <= value <= high:
+        raise RequestError(f"{param} must be between {low} and {high}, not {value}", param, "invalid_value")
+    return value
+
+
+def check_bool(value: Any, param: str) -> bool:
+    if not isinstance(value, bool):
+        raise RequestError(f"{param} must be true or false, not {shown(value)}", param, "invalid_type")
+    return value
+
+
+def shown(value: Any) -> str:
+    """A value as errors quote it."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _check_salt(value: Any) -> str:
+    if not isinstance(value, str):
+        raise RequestError(f"cache_salt must be a string, not {shown(value)}", "cache_salt", "invalid_type")
+    if len(value) > MAX_SALT_CHARACTERS:
+        message = f"cache_salt has {len(value)} characters; at most {MAX_SALT_CHARACTERS} are possible"
+        raise RequestError(message, "cache_salt", "invalid_value")
+    return value
+
+
+def _sampling_error(error: ValidationError) -> RequestError:
+    first = error.errors(include_url=False)[0]
+    message = first["msg"].removeprefix("Value error, ")
+    if not first["loc"]:  # a rule over several fields, whose message begins with the field's name
+        return RequestError(message, message.split("=")[0].split(" ")[0], "invalid_value")
+    param = str(first["loc"][0])
+    code = "invalid_type" if "type" in first["type"] or first["type"].endswith("parsing") else "invalid_value"
+    return RequestError(f"{param}: {message}, not {shown(first['input'])}", param, code)
