@@ -1,0 +1,35 @@
+"""Which plans a rank follows: those of the current epoch, each with the next step number."""
+
+from manta.protos.worker_pb2 import StepPlan
+
+
+class RefusedPlanError(RuntimeError):
+    """The plan is of a past epoch, out of order, or of an epoch in which this rank has failed."""
+
+
+class EpochGuard:
+    """Owns epoch and step number. A higher epoch is always taken and begins with step 1."""
+
+    def __init__(self) -> None:
+        self._epoch = 0
+        self._step = 0
+        self._failure = ""
+
+    def admit(self, plan: StepPlan) -> bool:
+        """True if the plan opens a new epoch, so that the rank must forget the old one. Raises RefusedPlanError."""
+        is_new = plan.epoch > self._epoch
+        if is_new:
+            self._epoch, self._step, self._failure = plan.epoch, 0, ""
+        if plan.epoch < self._epoch:
+            raise RefusedPlanError(f"step {plan.step} belongs to epoch {plan.epoch}, but epoch {self._epoch} has begun")
+        if self._failure:
+            raise RefusedPlanError(f"step {plan.step}: epoch {self._epoch} has failed already: {self._failure}")
+        if plan.step != self._step + 1:
+            raise RefusedPlanError(f"step {plan.step} came where step {self._step + 1} of epoch {self._epoch} was due")
+        self._step = plan.step
+        return is_new
+
+    def fail(self, epoch: int, reason: str) -> None:
+        """The rest of the epoch is refused; its first reason stays."""
+        if epoch == self._epoch and not self._failure:
+            self._failure = reason

@@ -1,0 +1,62 @@
+"""Sampled tokens on their way back from the last stage to the first."""
+
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from manta.protos.worker_pb2 import StepPlan
+from manta.workers.batch import Batch
+from manta.workers.columns import Ints
+from manta.workers.mesh import Mesh
+from manta.workers.slot_table import Rows
+from manta.workers.token_table import TokenTable
+
+
+@dataclass(frozen=True, slots=True)
+class _Outstanding:
+    """A step whose tokens the first stage has not received yet."""
+
+    lane: int
+    host_slots: Ints
+    slots: Tensor
+    positions: Tensor
+
+
+class Feedback:
+    """The first stage's list of tokens to come. The last stage sends those of every step that samples, in step order;
+    the first receives them in that order, as late as it can: just before they are needed.
+    """
+
+    def __init__(self, mesh: Mesh, tokens: TokenTable) -> None:
+        self._mesh = mesh
+        self._tokens = tokens
+        self._outstanding: deque[_Outstanding] = deque()
+
+    def expect(self, lane: int, rows: Rows, batch: Batch) -> None:
+        """The last stage will send the tokens of this step."""
+        self._outstanding.append(_Outstanding(lane, rows.sampled_slots, batch.sampled_slots, batch.sampled_positions))
+
+    def receive_for(self, plan: StepPlan) -> None:
+        """Before the plan is applied: takes in what the plan's lane computes on, and what else would
+        be written over the prompt of a slot's next sequence."""
+        if not self._outstanding:
+            return
+        added = [add.slot for add in plan.adds]
+        needed = [
+            step.lane == plan.lane or bool(added and np.isin(added, step.host_slots).any())
+            for step in self._outstanding
+        ]
+        while any(needed):
+            needed.pop(0)
+            self._receive()
+
+    def drain(self) -> None:
+        """Takes in everything, so that the next epoch begins with nothing under way."""
+        while self._outstanding:
+            self._receive()
+
+    def _receive(self) -> None:
+        step = self._outstanding.popleft()
+        self._tokens.put(step.slots, step.positions, self._mesh.recv_tokens(step.host_slots.size))

@@ -1,0 +1,173 @@
+"""What one rank loads, and what it becomes once it knows its number of KV blocks."""
+
+import gc
+import logging
+import os
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from manta.configs.model import ModelSpec, read_model_spec
+from manta.configs.schema import ServeConfig
+from manta.workers.capacity import GpuMemory, num_cpu_blocks, num_gpu_blocks
+from manta.workers.host_memory import available_memory_bytes
+from manta.workers.limits import Limits
+from manta.workers.loader import load_model, resolve_model_folder
+from manta.workers.mesh import Mesh, connect_mesh
+from manta.workers.models.decoder import CausalLM, allocate_kv_cache
+from manta.workers.runner import HiddenShape, Runner
+from manta.workers.warmup import run_largest_step, run_small_steps
+
+logger = logging.getLogger(__name__)
+
+# Bounds every wait of a rank for another one. The longest is for weights from a slow disk.
+COLLECTIVE_TIMEOUT_S = 1800.0
+
+
+class PlacementError(ValueError):
+    """The load request contradicts the configuration; the message names the field."""
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a rank stands and whom it joins. Rank 0 has the store, the others its address."""
+
+    tp_rank: int
+    pp_rank: int
+    num_workers_on_host: int
+    rendezvous_host: str
+    rendezvous_port: int
+    store: Any  # what mesh.open_store opened; None on the other ranks
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedRank:
+    """A rank with its weights, which knows how many KV blocks it can hold."""
+
+    config: ServeConfig
+    spec: ModelSpec
+    mesh: Mesh
+    model: CausalLM
+    dtype: torch.dtype
+    num_blocks: int
+    weight_bytes: int
+    bytes_per_block: int
+    load_s: float
+    profile_s: float
+
+    def start(self, num_blocks: int) -> Runner:
+        """Allocates the KV blocks and runs the model once in each shape of step. Every rank calls it."""
+        config, spec = self.config, self.spec
+        kv_cache = allocate_kv_cache(self.model, num_blocks, config.block_size, self.dtype, self.mesh.device)
+        hidden = HiddenShape(spec.hidden_size, self.dtype)
+        run_small_steps(self.model, self.mesh, kv_cache, config, hidden)
+        limits = Limits(
+            num_blocks=num_blocks,
+            block_size=config.block_size,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_model_len=_max_model_len(config, spec),
+            vocab_size=spec.vocab_size,
+        )
+        runner = Runner(self.model, self.mesh, kv_cache, limits, hidden)
+        gc.collect()
+        gc.freeze()  # what lives now lives for good: the collector need not look at it during steps
+        return runner
+
+
+def load_rank(config: ServeConfig, placement: Placement) -> LoadedRank:
+    """Joins the replica's ranks, loads this rank's weights, finds out how many KV blocks fit.
+
+    Raises PlacementError, ModelError, WeightError, MeshError, CapacityError.
+    """
+    _check(config, placement)
+    started_s = time.perf_counter()
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // placement.num_workers_on_host))
+    device = pick_device(config.device)
+    folder = resolve_model_folder(config.model)
+    spec = read_model_spec(folder)
+    dtype: torch.dtype = getattr(torch, spec.dtype if config.dtype == "auto" else config.dtype)
+    mesh = connect_mesh(
+        tp_rank=placement.tp_rank,
+        tp_size=config.tensor_parallel_size,
+        pp_rank=placement.pp_rank,
+        pp_size=config.pipeline_parallel_size,
+        device=device,
+        timeout_s=COLLECTIVE_TIMEOUT_S,
+        store=placement.store,
+        host=placement.rendezvous_host,
+        port=placement.rendezvous_port,
+    )
+    model = load_model(folder, spec, mesh, dtype, load_format=config.load_format, seed=config.seed)
+    loaded_s = time.perf_counter()
+    bytes_per_block = (
+        2 * model.num_local_layers * model.num_local_kv_heads * config.block_size * spec.head_dim * dtype.itemsize
+    )
+    num_blocks = _measure(config, spec, mesh, model, dtype, bytes_per_block, placement.num_workers_on_host)
+    rank = LoadedRank(
+        config=config,
+        spec=spec,
+        mesh=mesh,
+        model=model,
+        dtype=dtype,
+        num_blocks=num_blocks,
+        weight_bytes=sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
+        bytes_per_block=bytes_per_block,
+        load_s=loaded_s - started_s,
+        profile_s=time.perf_counter() - loaded_s,
+    )
+    logger.info("%d KV blocks fit beside %.1f MiB of weights", num_blocks, rank.weight_bytes / 2**20)
+    return rank
+
+
+def pick_device(choice: str) -> torch.device:
+    """The device of --device. A worker sees only the one GPU it is given. Raises PlacementError."""
+    has_cuda = torch.cuda.is_available()
+    if choice == "cuda" and not has_cuda:
+        raise PlacementError("--device cuda was asked for, but this worker sees no CUDA device")
+    return torch.device("cuda", 0) if has_cuda and choice != "cpu" else torch.device("cpu")
+
+
+def device_name() -> str:
+    """The device that "auto" takes, for people."""
+    device = pick_device("auto")
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else "cpu"
+
+
+def _check(config: ServeConfig, placement: Placement) -> None:
+    if placement.tp_rank >= config.tensor_parallel_size:
+        raise PlacementError(f"tp_rank {placement.tp_rank} of tensor_parallel_size {config.tensor_parallel_size}")
+    if placement.pp_rank >= config.pipeline_parallel_size:
+        raise PlacementError(f"pp_rank {placement.pp_rank} of pipeline_parallel_size {config.pipeline_parallel_size}")
+    if placement.num_workers_on_host < 1:
+        raise PlacementError("num_workers_on_host must count this worker, so it is at least 1")
+    if config.num_ranks > 1 and placement.store is None and not placement.rendezvous_port:
+        raise PlacementError("this rank has neither opened a rendezvous nor been told rendezvous_port")
+
+
+def _max_model_len(config: ServeConfig, spec: ModelSpec) -> int:
+    return config.max_model_len or spec.max_position
+
+
+def _measure(
+    config: ServeConfig,
+    spec: ModelSpec,
+    mesh: Mesh,
+    model: CausalLM,
+    dtype: torch.dtype,
+    bytes_per_block: int,
+    num_workers_on_host: int,
+) -> int:
+    """KV blocks that fit: on a GPU beside the largest step, on a CPU in the rank's share of the memory."""
+    max_model_len = _max_model_len(config, spec)
+    if mesh.device.type != "cuda":
+        return num_cpu_blocks(config, available_memory_bytes(), num_workers_on_host, bytes_per_block, max_model_len)
+    torch.cuda.reset_peak_memory_stats(mesh.device)
+    one_block = allocate_kv_cache(model, 1, config.block_size, dtype, mesh.device)
+    run_largest_step(model, mesh, one_block, config, HiddenShape(spec.hidden_size, dtype), max_model_len)
+    torch.cuda.synchronize(mesh.device)
+    memory = GpuMemory.measured(mesh.device)
+    torch.cuda.empty_cache()
+    return num_gpu_blocks(config, memory, bytes_per_block, max_model_len)

@@ -1,0 +1,88 @@
+"""Chooses the next token of every row that samples.
+
+Order, as in vLLM: min_tokens and penalties, then temperature, then min_p and top_k, then top_p on what these leave,
+then one draw. Greedy rows take the best token after min_tokens and penalties.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from manta.workers.columns import Ints
+from manta.workers.cutoffs import min_p_cutoff, top_k_cutoff, top_p_cutoff
+from manta.workers.draws import uniform
+from manta.workers.penalties import apply_penalties, mask_stop_tokens
+from manta.workers.sampling_table import SamplingTable
+from manta.workers.token_table import TokenTable
+from manta.workers.transfer import upload
+
+
+class Sampler:
+    """Batched over rows. A row's token depends on its own logits, parameters, seed and position, on no other row."""
+
+    def __init__(self, table: SamplingTable, tokens: TokenTable) -> None:
+        self._table = table
+        self._tokens = tokens
+
+    def sample(self, logits: Tensor, slots: Ints, positions: Ints) -> Tensor:
+        """Token ids int64 [N], on the device.
+
+        logits float32 [N, vocab], which this overwrites; row i belongs to slots[i] and chooses the token at
+        positions[i] of its sequence (both on the host).
+        """
+        table = self._table
+        mask_stop_tokens(logits, table, slots, positions)
+        apply_penalties(logits, table, self._tokens, slots, positions)
+        rows = np.flatnonzero(table.temperature[slots])
+        if not rows.size:
+            return logits.argmax(dim=-1)
+        if rows.size == slots.size:
+            return self._draw(logits, slots, positions)
+        tokens = logits.argmax(dim=-1)
+        (index,) = upload([rows], logits.device)
+        tokens[index] = self._draw(logits[index], slots[rows], positions[rows])
+        return tokens
+
+    def _draw(self, x: Tensor, slots: Ints, positions: Ints) -> Tensor:
+        """Token ids int64 [R] of the rows that do not take the best token."""
+        draws = uniform(self._table.seed[slots], positions)
+        temperature, draw = upload([self._table.temperature[slots].astype(np.float64), draws], x.device)
+        x = x / temperature.to(torch.float32)[:, None]
+        cutoff = self._cutoff(x, slots)
+        weights = torch.exp(x - x.amax(dim=-1, keepdim=True))
+        if cutoff is not None:
+            weights = torch.where(x >= cutoff[:, None], weights, 0.0)
+        # Inverse of the cumulative distribution, in the order of token ids: the first token whose cumulative weight
+        # exceeds the draw. Such a token has a weight above 0. The clamp is for rows of NaN, whose index would be no
+        # token and would take the whole device down.
+        cumulative = torch.cumsum(weights, dim=-1, dtype=torch.float64)
+        target = draw[:, None] * cumulative[:, -1:]
+        return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp_(max=x.shape[1] - 1)
+
+    def _cutoff(self, x: Tensor, slots: Ints) -> Tensor | None:
+        """The scaled logit below which a row's tokens are out, float32 [R]; None if every row keeps all."""
+        table = self._table
+        min_p, top_p, top_k = table.min_p[slots], table.top_p[slots], table.top_k[slots]
+        cutoff: Tensor | None = None
+        if min_p.any():
+            cutoff = min_p_cutoff(x, upload([min_p], x.device)[0])
+        rows = np.flatnonzero(top_k)
+        if rows.size:
+            index, k = upload([rows, top_k[rows]], x.device)
+            cutoff = self._raised(cutoff, x, index, top_k_cutoff(x[index], k, int(top_k.max())))
+        rows = np.flatnonzero(top_p < 1.0)
+        if rows.size:
+            (index,) = upload([rows], x.device)
+            kept = x[index]
+            if cutoff is not None:
+                kept = torch.where(kept >= cutoff[index, None], kept, -torch.inf)
+            cutoff = self._raised(cutoff, x, index, top_p_cutoff(kept, upload([top_p[rows]], x.device)[0]))
+        return cutoff
+
+    @staticmethod
+    def _raised(cutoff: Tensor | None, x: Tensor, index: Tensor, values: Tensor) -> Tensor:
+        """`cutoff` [R] raised to at least `values` in the rows `index`."""
+        if cutoff is None:
+            cutoff = x.new_full((x.shape[0],), -torch.inf)
+        cutoff[index] = torch.maximum(cutoff[index], values)
+        return cutoff

@@ -1,0 +1,186 @@
+"""The Worker service of `protos/worker.proto`: its calls in order, its errors as status codes.
+
+Threads: gRPC's handle the calls, each Run stream has one that reads plans, and one compute thread does all work.
+"""
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any
+
+import grpc
+
+from manta.configs.schema import ServeConfig
+from manta.protos import worker_pb2 as pb
+from manta.protos.worker_pb2_grpc import WorkerServicer
+from manta.workers.compute import ComputeThread
+from manta.workers.epochs import EpochGuard, RefusedPlanError
+from manta.workers.failures import OrderError, reason_of, status_of
+
+if TYPE_CHECKING:  # torch takes a second to import; the service can be reached before
+    from manta.workers.rank import LoadedRank
+    from manta.workers.runner import Runner, Step
+
+logger = logging.getLogger(__name__)
+
+MAX_UINT32 = 2**32 - 1
+Answers = SimpleQueue[Callable[[], pb.StepResult] | None]  # each waits for its step; None ends the stream
+
+
+class WorkerService(WorkerServicer):
+    """One rank behind its gRPC calls."""
+
+    def __init__(self, host: str) -> None:
+        self._host = host
+        self._compute = ComputeThread()
+        self._lock = threading.Lock()  # guards what Describe and Load decide once
+        self._store: tuple[Any, int] | None = None  # the rendezvous store and its port
+        self._load_began = False
+        self._name = "a rank not loaded yet"
+        self._loaded: LoadedRank | None = None
+        self._runner: Runner | None = None
+        self._guard = EpochGuard()
+
+    def Describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.DescribeResponse:
+        """Answers while the compute thread is busy, so it also tells that the process lives."""
+        from manta.workers.mesh import open_store
+        from manta.workers.rank import device_name
+
+        with self._lock:
+            if request.open_rendezvous and self._store is None:
+                self._store = open_store()
+            port = self._store[1] if self._store else 0
+        return pb.DescribeResponse(host=self._host, rendezvous_port=port, device=device_name(), pid=os.getpid())
+
+    def Load(self, request: pb.LoadRequest, context: grpc.ServicerContext) -> pb.LoadResponse:
+        try:
+            loaded = self._load(request)
+        except Exception as error:
+            self._abort(context, error)
+            raise
+        return pb.LoadResponse(
+            num_blocks=loaded.num_blocks,
+            weight_bytes=loaded.weight_bytes,
+            bytes_per_block=loaded.bytes_per_block,
+            load_s=loaded.load_s,
+            profile_s=loaded.profile_s,
+        )
+
+    def Start(self, request: pb.StartRequest, context: grpc.ServicerContext) -> pb.StartResponse:
+        began_s = time.perf_counter()
+        try:
+            self._compute.call(partial(self._start, request.num_blocks))
+        except Exception as error:
+            self._abort(context, error)
+            raise
+        return pb.StartResponse(warmup_s=time.perf_counter() - began_s)
+
+    def Run(self, request_iterator: Iterator[pb.StepPlan], context: grpc.ServicerContext) -> Iterator[pb.StepResult]:
+        """Runs plans until the stream ends. Those received by then are still computed: this rank's peers may be in the
+        midst of them."""
+        runner = self._runner
+        if runner is None:
+            self._abort(context, OrderError("Run came before Start"))
+            return
+        answers: Answers = SimpleQueue()
+        reader = threading.Thread(
+            target=self._read, args=(runner, request_iterator, answers), name="plans", daemon=True
+        )
+        reader.start()
+        while (answer := answers.get()) is not None:
+            yield answer()
+
+    def close(self) -> None:
+        """Ends the compute thread after what it is doing."""
+        self._compute.stop()
+
+    def _load(self, request: pb.LoadRequest) -> "LoadedRank":
+        from manta.workers.rank import Placement, load_rank
+
+        with self._lock:
+            if self._load_began:
+                raise OrderError("Load came a second time; a worker loads once")
+            self._load_began = True
+        self._name = f"tp rank {request.tp_rank} of stage {request.pp_rank}"
+        config = ServeConfig.model_validate_json(request.config_json)
+        placement = Placement(
+            tp_rank=request.tp_rank,
+            pp_rank=request.pp_rank,
+            num_workers_on_host=request.num_workers_on_host,
+            rendezvous_host=request.rendezvous_host,
+            rendezvous_port=request.rendezvous_port,
+            store=self._store[0] if self._store else None,
+        )
+        self._loaded = self._compute.call(partial(load_rank, config, placement))
+        return self._loaded
+
+    def _start(self, num_blocks: int) -> None:
+        if self._loaded is None:
+            raise OrderError("Start came before Load")
+        if self._runner is not None:
+            raise OrderError("Start came a second time; a worker starts once")
+        self._runner = self._loaded.start(num_blocks)
+
+    def _read(self, runner: "Runner", plans: Iterator[pb.StepPlan], answers: Answers) -> None:
+        """Queues the stream's plans as they come, and the end of its answers behind them."""
+        try:
+            for plan in plans:
+                self._compute.post(partial(self._step, runner, plan, time.perf_counter_ns(), answers))
+        except grpc.RpcError:
+            logger.info("%s: the Run stream broke; waiting for a new one", self._name)
+        finally:
+            self._compute.post(partial(answers.put, None))
+
+    def _step(self, runner: "Runner", plan: pb.StepPlan, received_ns: int, answers: Answers) -> None:
+        """Does one plan on the compute thread. Whatever goes wrong ends the epoch, not the worker."""
+        queue_us = min((time.perf_counter_ns() - received_ns) // 1000, MAX_UINT32)
+        try:
+            if self._guard.admit(plan):
+                runner.clear()
+            step = runner.run(plan)
+        except RefusedPlanError as error:
+            answers.put(partial(self._error, plan, str(error)))
+        except Exception as error:
+            logger.exception("%s: epoch %d ends at step %d", self._name, plan.epoch, plan.step)
+            failed = self._failed(plan, error)  # here and now: no plan behind this one may run
+            answers.put(lambda: failed)
+        else:
+            if runner.is_output_rank:
+                answers.put(partial(self._result, plan, step, queue_us))
+
+    def _result(self, plan: pb.StepPlan, step: "Step", queue_us: int) -> pb.StepResult:
+        """Waits for the device. A GPU reports what went wrong in a step only here."""
+        try:
+            time_ = step.time()
+            tokens = step.tokens()
+        except Exception as error:
+            logger.exception("%s: epoch %d ends at step %d", self._name, plan.epoch, plan.step)
+            return self._failed(plan, error)
+        return pb.StepResult(
+            epoch=plan.epoch,
+            step=plan.step,
+            tokens=tokens,
+            device_us=time_.device_us,
+            idle_us=time_.idle_us,
+            queue_us=queue_us,
+        )
+
+    def _error(self, plan: pb.StepPlan, reason: str) -> pb.StepResult:
+        return pb.StepResult(epoch=plan.epoch, step=plan.step, error=f"{self._name}: {reason}")
+
+    def _failed(self, plan: pb.StepPlan, error: Exception) -> pb.StepResult:
+        """Says why the step failed."""
+        reason = reason_of(error, plan.step)
+        self._guard.fail(plan.epoch, reason)
+        return self._error(plan, reason)
+
+    def _abort(self, context: grpc.ServicerContext, error: Exception) -> None:
+        """Ends the call (by an exception of gRPC) with the status that fits and a sentence that names the rank."""
+        code = status_of(error)
+        if code is grpc.StatusCode.INTERNAL:
+            logger.error("%s failed", self._name, exc_info=error)
+        context.abort(code, f"{self._name}: {error}")
