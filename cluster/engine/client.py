@@ -1,8 +1,14 @@
 """How a frontend talks to the engine: one gRPC stream for all its requests, plain calls for the rest."""
 
-from collections.abc import AsyncIterator
-from typing import Protocol
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable
+from typing import Protocol, TypeVar
 
+import grpc
+import grpc.aio
+
+from manta.cluster.engine.streams import StreamTable, run_request
 from manta.cluster.engine.types import (
     DrainingError,
     EngineError,
@@ -15,6 +21,7 @@ from manta.cluster.engine.types import (
     resolve_sampling,
 )
 from manta.protos import engine_pb2 as pb
+from manta.protos import engine_pb2_grpc
 
 __all__ = [
     "Client",
@@ -29,6 +36,21 @@ __all__ = [
     "UnavailableError",
     "resolve_sampling",
 ]
+
+
+logger = logging.getLogger(__name__)
+
+CHANNEL_OPTIONS = (
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.keepalive_time_ms", 5_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.use_local_subchannel_pool", 1),
+)
+_FIRST_BACKOFF_S = 0.1
+_LONGEST_BACKOFF_S = 5.0
+_T = TypeVar("_T")
 
 
 class Client(Protocol):
@@ -51,30 +73,119 @@ class Client(Protocol):
 
 
 class EngineClient:
-    """A `Client` over one gRPC channel. Build it with `await EngineClient.connect(address)`."""
+    """A `Client` over one gRPC channel. Build it with `await EngineClient.connect(address)`.
+
+    When the stream breaks, every open request raises EngineLostError and the client connects again in the background;
+    new requests raise EngineLostError until it has.
+    """
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._streams = StreamTable()
+        self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._stub = engine_pb2_grpc.EngineStub(self._channel)
+        self._outgoing: asyncio.Queue[pb.FrontendMessage] = asyncio.Queue()
+        self._connected = False
+        self._task: asyncio.Task[None] | None = None
 
     @classmethod
     async def connect(cls, address: str, timeout_s: float = 30.0) -> "EngineClient":
         """Raises EngineLostError when no engine answers at `address` ("host:port") in time."""
-        raise NotImplementedError
+        client = cls(address)
+        try:
+            await client._stub.GetInfo(pb.InfoRequest(), timeout=timeout_s, wait_for_ready=True)
+        except grpc.aio.AioRpcError as error:
+            await client._channel.close()
+            raise EngineLostError(f"no engine answers at {address}: {error.details()}") from None
+        client._connected = True
+        client._task = asyncio.create_task(client._stay_connected())
+        return client
+
+    @property
+    def connected(self) -> bool:
+        return self._connected
 
     def generate(self, request: GenerationRequest) -> AsyncIterator[TokenChunk]:
-        raise NotImplementedError
+        return run_request(self._streams, request, self._send)
 
     async def info(self) -> pb.InfoResponse:
-        raise NotImplementedError
+        return await self._call(self._stub.GetInfo(pb.InfoRequest()))
 
     async def load(self) -> pb.LoadResponse:
-        raise NotImplementedError
+        return await self._call(self._stub.GetLoad(pb.LoadRequest()))
 
     async def metrics(self) -> bytes:
-        raise NotImplementedError
+        response = await self._call(self._stub.GetMetrics(pb.MetricsRequest()))
+        return bytes(response.text)
 
     async def block_tables(self) -> pb.BlockTablesResponse:
-        raise NotImplementedError
+        return await self._call(self._stub.GetBlockTables(pb.BlockTablesRequest()))
 
     async def drain(self, timeout_s: float) -> bool:
-        raise NotImplementedError
+        response = await self._call(self._stub.Drain(pb.DrainRequest(timeout_s=timeout_s)))
+        return bool(response.drained)
 
     async def close(self) -> None:
-        raise NotImplementedError
+        """Ends the stream; the engine aborts what is open."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        await self._channel.close()
+        self._lose("the client was closed")
+
+    def _send(self, message: pb.FrontendMessage) -> None:
+        if self._connected:
+            self._outgoing.put_nowait(message)
+        elif message.HasField("submit"):
+            raise EngineLostError(f"the engine at {self._address} is not connected")
+
+    async def _call(self, call: Awaitable[_T]) -> _T:
+        try:
+            return await call
+        except grpc.aio.AioRpcError as error:
+            raise EngineLostError(f"the engine at {self._address} did not answer: {error.details()}") from None
+
+    def _lose(self, reason: str) -> None:
+        self._connected = False
+        self._outgoing = asyncio.Queue()
+        self._streams.fail_all(lambda: EngineLostError(f"lost the engine at {self._address}: {reason}"))
+
+    async def _stay_connected(self) -> None:
+        backoff_s = _FIRST_BACKOFF_S
+        while True:
+            if self._connected:
+                reason = await self._run_stream()
+                logger.warning("lost the engine at %s: %s", self._address, reason)
+                self._lose(reason)
+                backoff_s = _FIRST_BACKOFF_S
+            await asyncio.sleep(backoff_s)
+            backoff_s = min(2 * backoff_s, _LONGEST_BACKOFF_S)
+            try:
+                await self._stub.GetInfo(pb.InfoRequest(), timeout=_LONGEST_BACKOFF_S)
+            except grpc.aio.AioRpcError:
+                continue  # not back yet: wait longer
+            self._connected = True
+
+    async def _run_stream(self) -> str:
+        """Serves one stream until it ends; returns why."""
+        call = self._stub.Connect()
+        writer = asyncio.create_task(self._write(call, self._outgoing))
+        try:
+            while isinstance(message := await call.read(), pb.EngineMessage):
+                self._streams.feed(message)
+            return "it ended the stream"
+        except grpc.aio.AioRpcError as error:
+            return str(error.details() or error.code().name)
+        finally:
+            call.cancel()
+            writer.cancel()
+            await asyncio.gather(writer, return_exceptions=True)
+
+    @staticmethod
+    async def _write(
+        call: "grpc.aio.StreamStreamCall[pb.FrontendMessage, pb.EngineMessage]",
+        outgoing: asyncio.Queue[pb.FrontendMessage],
+    ) -> None:
+        """gRPC takes one write at a time."""
+        while True:
+            await call.write(await outgoing.get())

@@ -1,0 +1,60 @@
+"""From a frontend's Submit to the scheduler's Request: decoding, checks, and the ids that end the text."""
+
+import numpy as np
+
+from manta.configs.model import ModelSpec
+from manta.protos import engine_pb2 as pb
+from manta.protos import sampling_pb2
+from manta.scheduler.types import RefusedError, Request, Tokens
+
+
+class InvalidSubmitError(RefusedError):
+    """A field of the request is out of range; the message is one sentence for the user."""
+
+
+def build_request(submit: pb.Submit, request_id: int, spec: ModelSpec, now_s: float) -> Request:
+    """Raises InvalidSubmitError. A token outside the vocabulary would fault the device and end everybody's epoch."""
+    prompt = np.frombuffer(submit.prompt_tokens, "<i4")
+    output = np.frombuffer(submit.output_tokens, "<i4")
+    if len(prompt) == 0:
+        raise InvalidSubmitError("the prompt is empty; it needs at least one token")
+    if submit.max_tokens == 0:
+        raise InvalidSubmitError("max_tokens is 0; it must be at least 1")
+    _check_tokens(prompt, "the prompt", spec.vocab_size)
+    _check_tokens(output, "the resubmitted output", spec.vocab_size)
+    stop_token_ids = frozenset(submit.stop_token_ids) | (frozenset() if submit.ignore_eos else set(spec.eos_token_ids))
+    if max(stop_token_ids, default=0) >= spec.vocab_size:
+        stop_token_ids = _in_vocabulary(stop_token_ids, submit, spec)
+    sampling = sampling_pb2.Sampling()
+    sampling.CopyFrom(submit.sampling)
+    del sampling.stop_token_ids[:]
+    sampling.stop_token_ids.extend(sorted(stop_token_ids))
+    return Request(
+        id=request_id,
+        prompt=prompt,
+        max_tokens=submit.max_tokens,
+        sampling=sampling,
+        stop_token_ids=stop_token_ids,
+        min_tokens=sampling.min_tokens,
+        arrival_s=now_s,
+        priority=submit.priority,
+        tenant=submit.tenant,
+        adapter=submit.adapter,
+        salt=submit.cache_salt,
+        output=output,
+        name=submit.request_id,
+    )
+
+
+def _check_tokens(tokens: Tokens, what: str, vocab_size: int) -> None:
+    if len(tokens) and (int(tokens.min()) < 0 or int(tokens.max()) >= vocab_size):
+        bad = next(int(token) for token in tokens if not 0 <= token < vocab_size)
+        raise InvalidSubmitError(f"{what} holds token {bad}, but the vocabulary has tokens 0 to {vocab_size - 1}")
+
+
+def _in_vocabulary(stop_token_ids: frozenset[int], submit: pb.Submit, spec: ModelSpec) -> frozenset[int]:
+    """The request's own ids must exist; of the model's, those that do not can never be sampled and are left out."""
+    bad = [token for token in submit.stop_token_ids if token >= spec.vocab_size]
+    if bad:
+        raise InvalidSubmitError(f"stop_token_ids holds {bad[0]}, but the vocabulary has {spec.vocab_size} tokens")
+    return frozenset(token for token in stop_token_ids if token < spec.vocab_size)

@@ -1,0 +1,215 @@
+"""Brings the workers up: Describe, Load on all ranks at once, agree on the number of KV blocks, Start."""
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import grpc.aio
+
+from manta.cluster.engine.workers import WorkerGroup
+from manta.configs.model import ModelSpec
+from manta.configs.schema import ServeConfig
+from manta.protos import worker_pb2 as pb
+from manta.scheduler.types import Capacity
+
+logger = logging.getLogger(__name__)
+
+_DESCRIBE_TIMEOUT_S = 60.0  # a worker imports torch before it serves
+_Response = TypeVar("_Response")
+
+
+class BringUpError(Exception):
+    """The deployment cannot start; the message is one sentence that names what to change."""
+
+
+@dataclass(slots=True)
+class Deployment:
+    """Workers that hold the model and wait for their first plan."""
+
+    groups: list[WorkerGroup]  # one per replica
+    capacities: list[Capacity]  # beside groups
+    device: str
+    weight_bytes: int  # of the largest rank
+    bytes_per_block: int  # of the largest rank
+    startup_s: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def max_model_len(self) -> int:
+        return self.capacities[0].max_model_len
+
+    async def close(self) -> None:
+        for group in self.groups:
+            await group.close()
+
+
+async def bring_up(config: ServeConfig, spec: ModelSpec, addresses: list[list[str]]) -> Deployment:
+    """addresses: per replica, in rank order (rank = pp_rank * tp_size + tp_rank).
+
+    Raises WorkerError as soon as one rank fails, BringUpError when the model's context does not fit.
+    """
+    check_context(config, spec)
+    if any(len(replica) != config.num_ranks for replica in addresses):
+        raise BringUpError(f"each replica needs {config.num_ranks} workers, got {[len(group) for group in addresses]}")
+    output_rank = (config.pipeline_parallel_size - 1) * config.tensor_parallel_size
+    groups = [WorkerGroup(replica, output_rank) for replica in addresses]
+    try:
+        return await _bring_up_groups(config, spec, groups)
+    except BaseException:
+        for group in groups:
+            await group.close()
+        raise
+
+
+async def _bring_up_groups(config: ServeConfig, spec: ModelSpec, groups: list[WorkerGroup]) -> Deployment:
+    timer = _PhaseTimer()
+    described = await _on_all(groups, lambda group: _on_ranks(group, lambda rank: _describe(group, rank)))
+    timer.end("describe")
+    ranks_on_host = Counter(response.host for group in described for response in group)
+    loaded = await _on_all(groups, lambda group: _load(config, group, described[groups.index(group)], ranks_on_host))
+    timer.end("load")
+    responses = [response for group in loaded for response in group]
+    timer.phases["weights"] = max(response.load_s for response in responses)
+    timer.phases["profile"] = max(response.profile_s for response in responses)
+
+    num_blocks = [agree_on_blocks(config, [response.num_blocks for response in group]) for group in loaded]
+    max_model_len = fit_context(config, spec, min(num_blocks))
+    await _on_all(groups, lambda group: _start(group, num_blocks[groups.index(group)]))
+    timer.end("start")
+    return Deployment(
+        groups=groups,
+        capacities=[_capacity(config, blocks, max_model_len) for blocks in num_blocks],
+        device=described[0][0].device,
+        weight_bytes=max(response.weight_bytes for response in responses),
+        bytes_per_block=max(response.bytes_per_block for response in responses),
+        startup_s=timer.phases,
+    )
+
+
+def check_context(config: ServeConfig, spec: ModelSpec) -> None:
+    """Raises BringUpError before anything is loaded when max_model_len cannot be served."""
+    if config.max_model_len is not None and config.max_model_len > spec.max_position:
+        raise BringUpError(
+            f"max_model_len={config.max_model_len} is more than the {spec.max_position} positions of the model; "
+            f"lower --max-model-len"
+        )
+
+
+def agree_on_blocks(config: ServeConfig, num_blocks_by_rank: list[int]) -> int:
+    """Every rank has the same blocks, so the smallest one decides; num_gpu_blocks_override decides over all."""
+    fits = min(num_blocks_by_rank)
+    if config.num_gpu_blocks_override is None:
+        return fits
+    logger.info("num_gpu_blocks_override: %d KV blocks where %d fit", config.num_gpu_blocks_override, fits)
+    return config.num_gpu_blocks_override
+
+
+def fit_context(config: ServeConfig, spec: ModelSpec, num_blocks: int) -> int:
+    """The context length to serve: the longest sequence must fit the pool. Raises BringUpError if it was asked for."""
+    pool_tokens = num_blocks * config.block_size
+    if config.max_model_len is None:
+        if pool_tokens < spec.max_position:
+            logger.warning(
+                "max_model_len lowered to %d, what %d KV blocks of %d tokens hold; the model itself goes to %d",
+                pool_tokens, num_blocks, config.block_size, spec.max_position,
+            )  # fmt: skip
+        max_model_len = min(spec.max_position, pool_tokens)
+    elif config.max_model_len > pool_tokens:
+        raise BringUpError(
+            f"max_model_len={config.max_model_len} does not fit the {pool_tokens} tokens of KV blocks; lower "
+            f"--max-model-len to {pool_tokens}, or raise --gpu-memory-utilization or --kv-cache-memory-bytes"
+        )
+    else:
+        max_model_len = config.max_model_len
+    if max_model_len < 2:
+        raise BringUpError(
+            f"{num_blocks} KV blocks of {config.block_size} tokens are too few to serve; raise "
+            f"--gpu-memory-utilization or --kv-cache-memory-bytes"
+        )
+    return max_model_len
+
+
+def _capacity(config: ServeConfig, num_blocks: int, max_model_len: int) -> Capacity:
+    return Capacity(
+        num_blocks=num_blocks,
+        block_size=config.block_size,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_model_len=max_model_len,
+        num_lanes=config.pipeline_parallel_size,
+    )
+
+
+async def _describe(group: WorkerGroup, rank: int) -> pb.DescribeResponse:
+    """Rank 0 opens the rendezvous that the others join in Load."""
+    request = pb.DescribeRequest(open_rendezvous=rank == 0)
+    stub = group.stubs[rank]
+    response: pb.DescribeResponse = await stub.Describe(request, timeout=_DESCRIBE_TIMEOUT_S, wait_for_ready=True)
+    return response
+
+
+async def _load(
+    config: ServeConfig, group: WorkerGroup, described: list[pb.DescribeResponse], ranks_on_host: Counter[str]
+) -> list[pb.LoadResponse]:
+    config_json = config.model_dump_json()
+
+    async def load(rank: int) -> pb.LoadResponse:
+        pp_rank, tp_rank = divmod(rank, config.tensor_parallel_size)
+        request = pb.LoadRequest(
+            config_json=config_json,
+            tp_rank=tp_rank,
+            pp_rank=pp_rank,
+            num_workers_on_host=ranks_on_host[described[rank].host],
+            rendezvous_host=described[0].host,
+            rendezvous_port=described[0].rendezvous_port,
+        )
+        response: pb.LoadResponse = await group.stubs[rank].Load(request)
+        return response
+
+    return await _on_ranks(group, load)
+
+
+async def _start(group: WorkerGroup, num_blocks: int) -> list[pb.StartResponse]:
+    return await _on_ranks(group, lambda rank: group.stubs[rank].Start(pb.StartRequest(num_blocks=num_blocks)))
+
+
+async def _on_ranks(group: WorkerGroup, call: Callable[[int], Awaitable[_Response]]) -> list[_Response]:
+    """Calls every rank at once; the first failure is raised as WorkerError without waiting for the others."""
+
+    async def call_rank(rank: int) -> _Response:
+        try:
+            return await call(rank)
+        except grpc.aio.AioRpcError as error:
+            raise group.error(rank, error) from None
+
+    return await _first_failure_wins([call_rank(rank) for rank in range(len(group.addresses))])
+
+
+async def _on_all(
+    groups: list[WorkerGroup], call: Callable[[WorkerGroup], Awaitable[list[_Response]]]
+) -> list[list[_Response]]:
+    return await _first_failure_wins([call(group) for group in groups])
+
+
+async def _first_failure_wins(calls: list[Awaitable[_Response]]) -> list[_Response]:
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class _PhaseTimer:
+    def __init__(self) -> None:
+        self.phases: dict[str, float] = {}
+        self._last_s = time.perf_counter()
+
+    def end(self, phase: str) -> None:
+        now_s = time.perf_counter()
+        self.phases[phase] = now_s - self._last_s
+        self._last_s = now_s

@@ -1,0 +1,203 @@
+"""The engine: a scheduler, the step loops of its replicas, and the frontends' requests."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from manta.cluster.engine.admission import build_request
+from manta.cluster.engine.block_tables import block_tables
+from manta.cluster.engine.bringup import Deployment
+from manta.cluster.engine.frontend import MAX_PENDING_BYTES, Frontend
+from manta.cluster.engine.metrics import EngineCollector, ReplicaMetrics, render
+from manta.cluster.engine.publisher import Publisher
+from manta.cluster.engine.replica import Deadlines, ReplicaLoop
+from manta.configs.model import ModelSpec
+from manta.configs.schema import ServeConfig
+from manta.protos import engine_pb2 as pb
+from manta.scheduler.scheduler import Scheduler
+from manta.scheduler.types import QueueFullError, RefusedError
+
+logger = logging.getLogger(__name__)
+
+_MIN_RETRY_AFTER_S = 1.0
+_MAX_RETRY_AFTER_S = 60.0
+
+
+class Engine:
+    """Everything runs on one event loop; no method blocks. `frontend` arguments come from `open_frontend`."""
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        spec: ModelSpec,
+        deployment: Deployment,
+        deadlines: Deadlines | None = None,
+        on_replica_lost: Callable[[int, str], None] | None = None,
+        max_pending_bytes: int = MAX_PENDING_BYTES,
+    ) -> None:
+        self.config = config
+        self.deployment = deployment
+        self.scheduler = Scheduler(
+            deployment.capacities,
+            policy=config.scheduling_policy,
+            enable_prefix_caching=config.enable_prefix_caching,
+            enable_chunked_prefill=config.enable_chunked_prefill,
+            max_num_queued_reqs=config.max_num_queued_reqs,
+            max_num_queued_tokens=config.max_num_queued_tokens,
+        )
+        self._spec = spec
+        self._on_replica_lost = on_replica_lost
+        self._metrics = [ReplicaMetrics() for _ in deployment.groups]
+        self._collector = EngineCollector(config.model_name, self._metrics, _cache_config(config, deployment))
+        self._publisher = Publisher(self._metrics, max_pending_bytes=max_pending_bytes)
+        self._loops = [
+            ReplicaLoop(index, group, self.scheduler, metrics, self._publisher.publish, deadlines or Deadlines())
+            for index, (group, metrics) in enumerate(zip(deployment.groups, self._metrics, strict=True))
+        ]
+        self._tasks: list[asyncio.Task[None]] = []
+        self._draining = False
+
+    def start(self) -> None:
+        """Starts the step loops on the running event loop."""
+        self._tasks = [asyncio.create_task(self._serve(loop)) for loop in self._loops]
+
+    async def stop(self) -> None:
+        """Ends the step loops and the channels; open requests end with an error."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._publisher.fail_all("the engine is shutting down")
+        await self.deployment.close()
+
+    def open_frontend(self) -> Frontend:
+        return self._publisher.open_frontend()
+
+    def close_frontend(self, frontend: Frontend) -> None:
+        """Aborts its unfinished requests."""
+        self.abort(frontend, list(frontend.requests))
+        self._publisher.close_frontend(frontend)
+
+    def submit(self, frontend: Frontend, submit: pb.Submit) -> None:
+        """Queues a request, or tells the frontend why not. Raises ValueError when the handle is in use."""
+        publisher = self._publisher
+        request_id = publisher.open_request(frontend, submit.handle)
+        refused = self._refusal()
+        if refused is None:
+            try:
+                self.scheduler.add(build_request(submit, request_id, self._spec, publisher.clock()))
+                self._publisher.publish(self.scheduler.take_events(), 0)
+            except QueueFullError as error:
+                retry_after_s = min(max(publisher.recent_queue_s, _MIN_RETRY_AFTER_S), _MAX_RETRY_AFTER_S)
+                refused = pb.Refused(code=pb.Refused.QUEUE_FULL, message=str(error), retry_after_s=retry_after_s)
+            except RefusedError as error:
+                refused = pb.Refused(code=pb.Refused.INVALID, message=str(error))
+        if refused is not None:
+            refused.handle = submit.handle
+            publisher.close_request(frontend, submit.handle)
+            frontend.add_refused(refused)
+            return
+        self._wake()
+
+    def abort(self, frontend: Frontend, handles: list[int]) -> None:
+        """Ends requests with reason "abort"; those that have ended already are ignored."""
+        for handle in handles:
+            if handle in frontend.requests:
+                self._publisher.publish(self.scheduler.abort(frontend.requests[handle]), 0)
+        self._wake()
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Refuses new requests from now on; returns whether all others have ended within `timeout_s`."""
+        self._draining = True
+        try:
+            await asyncio.wait_for(self._publisher.idle.wait(), timeout_s)
+        except TimeoutError:
+            return False
+        return True
+
+    def info(self) -> pb.InfoResponse:
+        capacity = self.deployment.capacities[0]
+        return pb.InfoResponse(
+            config_json=self.config.model_dump_json(),
+            num_blocks=min(capacity.num_blocks for capacity in self.deployment.capacities),
+            block_size=capacity.block_size,
+            max_model_len=capacity.max_model_len,
+            device=self.deployment.device,
+            weight_bytes=self.deployment.weight_bytes,
+            bytes_per_block=self.deployment.bytes_per_block,
+            startup_s=self.deployment.startup_s,
+            num_replicas=len(self.deployment.capacities),
+        )
+
+    def load(self) -> pb.LoadResponse:
+        num_blocks = sum(capacity.num_blocks for capacity in self.deployment.capacities)
+        num_free = sum(self.scheduler.num_free_blocks(loop.index) for loop in self._loops)
+        lost = [f"replica {loop.index}: {loop.lost_reason}" for loop in self._loops if loop.lost_reason is not None]
+        return pb.LoadResponse(
+            num_running=self.scheduler.num_running,
+            num_waiting=self.scheduler.num_waiting,
+            num_free_blocks=num_free,
+            num_blocks=num_blocks,
+            kv_cache_usage=1.0 - num_free / num_blocks,
+            num_waiting_tokens=self.scheduler.num_waiting_tokens,
+            healthy=len(lost) < len(self._loops),
+            detail="; ".join(lost) or ("draining" if self._draining else ""),
+        )
+
+    def block_tables(self) -> pb.BlockTablesResponse:
+        """Every sequence's block table; counts are sums over the replicas."""
+        return block_tables(self.scheduler.snapshot())
+
+    def metrics_text(self) -> bytes:
+        """Prometheus exposition format."""
+        for loop, gauges in zip(self._loops, self._collector.gauges, strict=True):
+            num_blocks = self.deployment.capacities[loop.index].num_blocks
+            gauges.kv_cache_usage = 1.0 - self.scheduler.num_free_blocks(loop.index) / num_blocks
+            gauges.alive = loop.lost_reason is None
+        counters, first = self.scheduler.counters, self._collector.gauges[0]  # kept for all replicas together
+        first.num_running, first.num_waiting = self.scheduler.num_running, self.scheduler.num_waiting
+        self._metrics[0].preemptions.value = counters.num_preemptions
+        return render(self._collector)
+
+    async def _serve(self, loop: ReplicaLoop) -> None:
+        """One replica's life."""
+        try:
+            await loop.run(on_epoch_end=self._wake)
+        except Exception as error:
+            # A bug: what the scheduler holds cannot be trusted any more, and no request may hang for it.
+            logger.exception("the step loop of replica %d failed", loop.index)
+            for other in self._loops:
+                other.lost_reason = other.lost_reason or f"internal error: {error!r}"
+            self._publisher.fail_all(f"internal error: {error!r}")
+            return
+        reason = str(loop.lost_reason)
+        logger.error("replica %d is lost: %s", loop.index, reason)
+        if self._on_replica_lost is not None:
+            self._on_replica_lost(loop.index, reason)
+        if all(other.lost_reason is not None for other in self._loops):
+            for request_id in self._publisher.open_request_ids():
+                self.scheduler.abort(request_id)
+            self._publisher.fail_all(f"no replica is left: {reason}")
+
+    def _refusal(self) -> pb.Refused | None:
+        if self._draining:
+            return pb.Refused(code=pb.Refused.DRAINING, message="the engine is shutting down")
+        if all(loop.lost_reason is not None for loop in self._loops):
+            message = f"no replica is left: {self._loops[0].lost_reason}"
+            return pb.Refused(code=pb.Refused.UNAVAILABLE, message=message)
+        return None
+
+    def _wake(self) -> None:
+        """Wakes the emptiest replica first: the first to plan takes what is waiting."""
+        for loop in sorted(self._loops, key=lambda loop: -self.scheduler.num_free_blocks(loop.index)):
+            loop.wake()
+
+
+def _cache_config(config: ServeConfig, deployment: Deployment) -> dict[str, str]:
+    capacity = deployment.capacities[0]
+    return {
+        "block_size": str(capacity.block_size),
+        "num_gpu_blocks": str(capacity.num_blocks),
+        "enable_prefix_caching": str(config.enable_prefix_caching),
+        "gpu_memory_utilization": str(config.gpu_memory_utilization),
+        "num_gpu_blocks_override": str(config.num_gpu_blocks_override),
+    }

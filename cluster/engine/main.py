@@ -1,0 +1,126 @@
+"""The scheduler process: `python -m manta.cluster.engine.main --config-json JSON --workers "a,b;c,d"`.
+
+Workers of a replica are separated by commas, replicas by semicolons. Prints `MANTA_ADDRESS host:port` when it serves,
+or `MANTA_ERROR sentence` before it ends because it cannot.
+"""
+
+import argparse
+import asyncio
+import gc
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+
+import grpc.aio
+import pydantic
+import uvloop
+
+from manta.cluster.engine.bringup import BringUpError, bring_up
+from manta.cluster.engine.engine import Engine
+from manta.cluster.engine.service import serve
+from manta.cluster.engine.workers import WorkerError
+from manta.cluster.preflight import PreflightError, read_model
+from manta.configs.schema import ServeConfig
+
+_PARENT_CHECK_S = 1.0
+_STOP_GRACE_S = 1.0
+
+
+class SchedulerServer:
+    """Brings the workers up and serves frontends, until `stop`. Lives on one event loop."""
+
+    def __init__(
+        self,
+        config_json: str,
+        worker_addresses: list[list[str]],
+        host: str = "127.0.0.1",
+        port: int = 0,
+        on_replica_lost: Callable[[int, str], None] | None = None,
+    ) -> None:
+        """worker_addresses: per replica, in rank order. Raises pydantic.ValidationError for a bad configuration."""
+        self._config = ServeConfig.model_validate_json(config_json)
+        self._worker_addresses = worker_addresses
+        self._host = host
+        self._port = port
+        self._on_replica_lost = on_replica_lost
+        self._engine: Engine | None = None
+        self._server: grpc.aio.Server | None = None
+
+    async def start(self) -> str:
+        """Returns "host:port". Raises WorkerError, BringUpError or PreflightError with one sentence for the user."""
+        spec = read_model(self._config).spec
+        deployment = await bring_up(self._config, spec, self._worker_addresses)
+        self._engine = Engine(self._config, spec, deployment, on_replica_lost=self._on_replica_lost)
+        self._engine.start()
+        self._server, address = await serve(self._engine, self._host, self._port)
+        gc.collect()
+        gc.freeze()  # what exists now lives as long as the process: collections need not look at it
+        return address
+
+    async def stop(self) -> None:
+        """Ends the step loops, then the streams. May be called twice."""
+        if self._engine is not None:
+            await self._engine.stop()
+            self._engine = None
+        if self._server is not None:
+            await self._server.stop(_STOP_GRACE_S)
+            self._server = None
+
+
+def parse_workers(text: str) -> list[list[str]]:
+    """ "a:1,b:2;c:3,d:4" -> [["a:1", "b:2"], ["c:3", "d:4"]]."""
+    return [replica.split(",") for replica in text.split(";")]
+
+
+async def run(args: argparse.Namespace) -> int:
+    """Serves until SIGTERM, SIGINT or the parent's end; returns the exit code."""
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    server = SchedulerServer(args.config_json, parse_workers(args.workers), args.host, args.port)
+    waits = [asyncio.create_task(stopping.wait()), asyncio.create_task(_parent_ended(args.parent_pid))]
+    starting = asyncio.create_task(server.start())
+    try:
+        await asyncio.wait([starting, *waits], return_when=asyncio.FIRST_COMPLETED)
+        if starting.done():
+            print(f"MANTA_ADDRESS {starting.result()}", flush=True)
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    except (WorkerError, BringUpError, PreflightError) as error:
+        print(f"MANTA_ERROR {error}", flush=True)
+        return 1
+    finally:
+        for task in (starting, *waits):
+            task.cancel()
+        with suppress(asyncio.CancelledError):
+            await asyncio.gather(starting, *waits, return_exceptions=True)
+        await server.stop()
+    return 0
+
+
+async def _parent_ended(pid: int) -> None:
+    """Returns when this process has been left by its parent; never for pid 0."""
+    while pid == 0 or os.getppid() == pid:
+        await asyncio.sleep(_PARENT_CHECK_S)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="manta.cluster.engine.main", description="The scheduler process.")
+    parser.add_argument("--config-json", required=True, help="configs.schema.ServeConfig as JSON")
+    parser.add_argument("--workers", required=True, help="addresses: comma within a replica, semicolon between")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=0, help="0 takes a free one")
+    parser.add_argument("--parent-pid", type=int, default=0, help="end when this process is gone")
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    try:
+        return uvloop.run(run(args))
+    except pydantic.ValidationError as error:
+        print(f"MANTA_ERROR {error}", flush=True)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""Turns what the scheduler says happened into messages for the frontends and observations for the metrics."""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from manta.cluster.engine.frontend import MAX_PENDING_BYTES, Frontend
+from manta.cluster.engine.metrics import ReplicaMetrics
+from manta.cluster.engine.request_table import RequestTable
+from manta.protos import engine_pb2 as pb
+from manta.scheduler.types import Events, Finished, Started
+
+
+class Publisher:
+    """Owns the frontends and the table of unfinished requests."""
+
+    def __init__(
+        self,
+        metrics: list[ReplicaMetrics],
+        clock: Callable[[], float] = time.monotonic,
+        max_pending_bytes: int = MAX_PENDING_BYTES,
+    ) -> None:
+        self.clock = clock
+        self.recent_queue_s = 0.0  # smoothed time in the queue: what a refused client should wait
+        self.idle = asyncio.Event()  # set while no request is open
+        self.idle.set()
+        self._metrics = metrics
+        self._max_pending_bytes = max_pending_bytes
+        self._table = RequestTable()
+        self._frontends: dict[int, Frontend] = {}
+        self._num_frontends = 0
+        self._num_open = 0
+
+    @property
+    def num_open(self) -> int:
+        """Requests that have not ended."""
+        return self._num_open
+
+    def open_frontend(self) -> Frontend:
+        self._num_frontends += 1
+        frontend = Frontend(self._num_frontends, self._max_pending_bytes)
+        self._frontends[frontend.number] = frontend
+        return frontend
+
+    def close_frontend(self, frontend: Frontend) -> None:
+        """Its requests must have ended."""
+        frontend.close()
+        del self._frontends[frontend.number]
+
+    def open_request(self, frontend: Frontend, handle: int) -> int:
+        """Returns the new request's id. Raises ValueError when the handle is in use."""
+        if handle in frontend.requests:
+            raise ValueError(f"handle {handle} is in use: handles are unique within a stream")
+        request_id = self._table.open(frontend.number, handle, self.clock())
+        frontend.requests[handle] = request_id
+        self._num_open += 1
+        self.idle.clear()
+        return request_id
+
+    def close_request(self, frontend: Frontend, handle: int) -> None:
+        self._table.close(frontend.requests.pop(handle))
+        self._num_open -= 1
+        if not self._num_open:
+            self.idle.set()
+
+    def publish(self, events: Events, replica: int) -> None:
+        """Everything of one call of the scheduler."""
+        now_s = self.clock()
+        metrics = self._metrics[replica]
+        for started in events.started:
+            self._publish_started(started, metrics, now_s)
+        if events.tokens:
+            self._publish_tokens(events, metrics, now_s)
+        for finished in events.finished:
+            self._publish_finished(finished, metrics, now_s)
+
+    def fail_all(self, message: str) -> None:
+        """Ends every open request with reason "error"."""
+        for frontend in self._frontends.values():
+            for handle in list(frontend.requests):
+                self._metrics[0].finished["error"] += 1
+                frontend.add_finished(pb.Finished(handle=handle, reason="error", error=message))
+                self.close_request(frontend, handle)
+
+    def open_request_ids(self) -> Iterable[int]:
+        return [request_id for frontend in self._frontends.values() for request_id in frontend.requests.values()]
+
+    def _publish_started(self, started: Started, metrics: ReplicaMetrics, now_s: float) -> None:
+        table = self._table
+        row = table.row(started.request.id)
+        queue_s = now_s - float(table.arrival_s[row])
+        table.started_s[row] = now_s
+        self.recent_queue_s += 0.1 * (queue_s - self.recent_queue_s)
+        metrics.queue_s.observe(queue_s)
+        metrics.prompt_tokens.value += len(started.request.prompt)
+        metrics.prefix_cache_queries.value += len(started.request.prompt)
+        metrics.prefix_cache_hits.value += started.num_cached_tokens
+        handle = int(table.handle[row])
+        news = pb.Started(handle=handle, num_cached_tokens=started.num_cached_tokens, queue_s=queue_s)
+        self._frontends[int(table.frontend[row])].add_started(news)
+
+    def _publish_tokens(self, events: Events, metrics: ReplicaMetrics, now_s: float) -> None:
+        table = self._table
+        request_ids = np.fromiter((request.id for request in events.requests), np.int64, len(events.requests))
+        rows = table.rows(request_ids)
+        last_s = table.last_token_s[rows]
+        is_first = last_s == 0.0
+        if is_first.any():
+            first_rows = rows[is_first]
+            table.first_token_s[first_rows] = now_s
+            metrics.ttft_s.observe_many(now_s - table.arrival_s[first_rows])
+            last_s = last_s[~is_first]
+        table.last_token_s[rows] = now_s
+        metrics.itl_s.observe_many(now_s - last_s)
+        metrics.generation_tokens.value += len(rows)
+
+        handles = table.handle[rows]
+        tokens = np.array(events.tokens, np.int32)
+        if len(self._frontends) == 1:
+            next(iter(self._frontends.values())).add_tokens(handles, tokens)
+            return
+        numbers = table.frontend[rows]
+        for number in np.unique(numbers).tolist():
+            mine = numbers == number
+            self._frontends[number].add_tokens(handles[mine], tokens[mine])
+
+    def _publish_finished(self, finished: Finished, metrics: ReplicaMetrics, now_s: float) -> None:
+        table = self._table
+        request = finished.request
+        row = table.row(request.id)
+        metrics.finished[finished.reason] += 1
+        metrics.e2e_s.observe(now_s - float(table.arrival_s[row]))
+        metrics.request_prompt_tokens.observe(len(request.prompt))
+        metrics.request_generation_tokens.observe(finished.num_output_tokens)
+        first_s, last_s = float(table.first_token_s[row]), float(table.last_token_s[row])
+        if first_s:
+            metrics.prefill_s.observe(first_s - float(table.started_s[row]))
+            metrics.decode_s.observe(last_s - first_s)
+            if finished.num_output_tokens > 1:
+                metrics.tpot_s.observe((last_s - first_s) / (finished.num_output_tokens - 1))
+        frontend = self._frontends[int(table.frontend[row])]
+        handle = int(table.handle[row])
+        frontend.add_finished(pb.Finished(handle=handle, reason=finished.reason, stop_token=finished.stop_token))
+        self.close_request(frontend, handle)

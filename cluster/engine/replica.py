@@ -1,0 +1,172 @@
+"""The step loop of one replica: plan while credits last, send, apply what comes back, publish."""
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from manta.cluster.engine.codec import Reply, encode_plan
+from manta.cluster.engine.metrics import ReplicaMetrics
+from manta.cluster.engine.workers import EpochStreams, WorkerError, WorkerGroup
+from manta.scheduler.scheduler import Scheduler
+from manta.scheduler.types import Events, WrongResultError
+
+logger = logging.getLogger(__name__)
+
+_HEALTHY_STEPS = 100  # an epoch with fewer counts as short
+
+
+@dataclass(frozen=True, slots=True)
+class Deadlines:
+    """When the loop gives up. A step may compile kernels or swap on a loaded CPU host: generous, but not forever."""
+
+    step_s: float = 60.0
+    step_per_token_s: float = 0.1
+    probe_s: float = 10.0  # for a worker to show that it is alive after an epoch ended
+    check_every_s: float = 1.0
+    max_failed_epochs: int = 3  # in a row, each short
+
+
+@dataclass(slots=True)
+class _SentStep:
+    step: int
+    num_tokens: int
+    sent_s: float
+    cpu_s: float
+    follows_work: bool  # the replica had work before this step: its idle time counts
+
+
+class ReplicaLoop:
+    """Owns the epochs of one replica. `run` returns when the replica is lost, with the reason in `lost_reason`."""
+
+    def __init__(
+        self,
+        index: int,
+        group: WorkerGroup,
+        scheduler: Scheduler,
+        metrics: ReplicaMetrics,
+        publish: Callable[[Events, int], None],
+        deadlines: Deadlines,
+    ) -> None:
+        self.index = index
+        self.group = group
+        self.metrics = metrics
+        self.lost_reason: str | None = None
+        self._scheduler = scheduler
+        self._publish = publish
+        self._deadlines = deadlines
+        self._in_flight: deque[_SentStep] = deque()
+        self._wake = asyncio.Event()
+        self._had_work = False
+        self._last_reply_s = 0.0
+        self._failed_epochs = 0
+        self._num_steps = 0  # done in this epoch
+
+    def wake(self) -> None:
+        """There may be something to plan."""
+        self._wake.set()
+
+    async def run(self, on_epoch_end: Callable[[], None]) -> None:
+        """Serves epoch after epoch; `on_epoch_end` is called when this replica's sequences are back in the queue."""
+        while self.lost_reason is None:
+            try:
+                await self._run_epoch()
+            except WorkerError as error:
+                logger.warning("replica %d: epoch ended: %s", self.index, error)
+                self._scheduler.reset(self.index)
+                self.metrics.failovers.value += 1
+                on_epoch_end()
+                self.lost_reason = await self._why_lost(error)
+
+    async def _why_lost(self, error: WorkerError) -> str | None:
+        """None when another epoch is worth trying."""
+        if self._num_steps >= _HEALTHY_STEPS:
+            self._failed_epochs = 0
+        self._failed_epochs += 1
+        if self._failed_epochs >= self._deadlines.max_failed_epochs:
+            return f"{error} ({self._failed_epochs} times in a row)"
+        try:
+            await self.group.check(self._deadlines.probe_s)
+        except WorkerError as dead:
+            return str(dead)
+        return None
+
+    async def _run_epoch(self) -> None:
+        """Runs until a WorkerError."""
+        self._in_flight.clear()
+        self._num_steps = 0
+        self._had_work = False
+        self._wake.set()
+        streams = self.group.open_epoch()
+        others = [rank for rank in range(len(self.group.addresses)) if rank != self.group.output_rank]
+        parts = [self._send_plans(streams), self._receive_results(streams), self._watch_deadline()]
+        tasks = [asyncio.create_task(part) for part in (*parts, *(streams.watch(rank) for rank in others))]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            streams.close()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        for task in done:
+            task.result()
+
+    async def _send_plans(self, streams: EpochStreams) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            start_s = time.perf_counter()
+            while (plan := self._scheduler.plan(self.index)) is not None:
+                message = encode_plan(plan)
+                sent_s = time.perf_counter()
+                self._in_flight.append(
+                    _SentStep(plan.step, plan.num_tokens, sent_s, sent_s - start_s, follows_work=self._had_work)
+                )
+                self._had_work = True
+                self.metrics.plan_bytes.observe(len(message))
+                await streams.send(message)
+                if plan.adds:  # requests that started
+                    self._publish(self._scheduler.take_events(), self.index)
+                start_s = time.perf_counter()
+            if not self._in_flight:
+                self._had_work = False
+
+    async def _receive_results(self, streams: EpochStreams) -> None:
+        while True:
+            reply = await streams.receive()
+            now_s = time.perf_counter()
+            try:
+                events = self._scheduler.apply(reply.result, self.index)
+            except WrongResultError as error:
+                rank = self.group.output_rank
+                raise WorkerError(rank, self.group.addresses[rank], str(error)) from None
+            sent = self._in_flight.popleft()
+            self._wake.set()
+            self._publish(events, self.index)
+            self._num_steps += 1
+            self._record(sent, reply, now_s)
+
+    def _record(self, sent: _SentStep, reply: Reply, now_s: float) -> None:
+        metrics = self.metrics
+        metrics.step_s.observe(now_s - max(sent.sent_s, self._last_reply_s))
+        metrics.dispatch_latency_s.observe(max(now_s - sent.sent_s - (reply.device_us + reply.queue_us) * 1e-6, 0.0))
+        metrics.observe_device(reply.device_us, reply.idle_us if sent.follows_work else 0)
+        metrics.scheduler_cpu_s.observe(sent.cpu_s + time.perf_counter() - now_s)
+        self._last_reply_s = now_s
+
+    async def _watch_deadline(self) -> None:
+        """A stopped or deadlocked worker keeps its stream open; only time tells."""
+        deadlines = self._deadlines
+        while True:
+            await asyncio.sleep(deadlines.check_every_s)
+            if not self._in_flight:
+                continue
+            oldest = self._in_flight[0]
+            allowed_s = deadlines.step_s + deadlines.step_per_token_s * oldest.num_tokens
+            waited_s = time.perf_counter() - max(oldest.sent_s, self._last_reply_s)
+            if waited_s > allowed_s:
+                rank = self.group.output_rank
+                reason = f"step {oldest.step} ({oldest.num_tokens} tokens) has not come back within {allowed_s:.0f} s"
+                raise WorkerError(rank, self.group.addresses[rank], reason)

@@ -1,0 +1,157 @@
+"""The client's side of one stream of EngineMessages: columns of tokens in, one queue per request out."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+
+import numpy as np
+
+from manta.cluster.engine.codec import encode_sampling, int32_bytes
+from manta.cluster.engine.types import (
+    DrainingError,
+    EngineError,
+    GenerationRequest,
+    InvalidRequestError,
+    QueueFullError,
+    TokenChunk,
+    UnavailableError,
+)
+from manta.protos import engine_pb2 as pb
+
+
+class RequestStream:
+    """What one request has received and its reader has not taken yet."""
+
+    __slots__ = ("_waiter", "error", "finished", "handle", "started", "tokens")
+
+    def __init__(self, handle: int) -> None:
+        self.handle = handle
+        self.tokens: list[int] = []
+        self.started: pb.Started | None = None
+        self.finished: pb.Finished | None = None
+        self.error: EngineError | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    def wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def next_chunk(self) -> TokenChunk:
+        """Waits until there is something; takes all of it. Raises the error that ended the request."""
+        while not (self.tokens or self.finished or self.error):
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        if self.error is not None:
+            raise self.error
+        chunk = TokenChunk(self.tokens)
+        self.tokens = []
+        if self.started is not None:
+            chunk.num_cached_tokens = self.started.num_cached_tokens
+            chunk.queue_s = self.started.queue_s
+        if self.finished is not None:
+            chunk.finish_reason = self.finished.reason
+            chunk.stop_token = self.finished.stop_token if self.finished.HasField("stop_token") else None
+            chunk.error = self.finished.error
+        return chunk
+
+
+class StreamTable:
+    """The open requests of one frontend, by handle."""
+
+    def __init__(self) -> None:
+        self._streams: dict[int, RequestStream] = {}
+        self._last_handle = 0
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    def open(self) -> RequestStream:
+        self._last_handle += 1
+        stream = RequestStream(self._last_handle)
+        self._streams[stream.handle] = stream
+        return stream
+
+    def close(self, stream: RequestStream) -> None:
+        del self._streams[stream.handle]
+
+    def feed(self, message: pb.EngineMessage) -> None:
+        """Hands the news to its requests; news of requests that were given up is dropped."""
+        streams = self._streams
+        for started in message.started:
+            if stream := streams.get(started.handle):
+                stream.started = started
+        handles = np.frombuffer(message.handles, "<u8").tolist()
+        tokens = np.frombuffer(message.tokens, "<i4").tolist()
+        for handle, token in zip(handles, tokens, strict=True):
+            if stream := streams.get(handle):
+                stream.tokens.append(token)
+                stream.wake()
+        for finished in message.finished:
+            if stream := streams.get(finished.handle):
+                stream.finished = finished
+                stream.wake()
+        for refused in message.refused:
+            if stream := streams.get(refused.handle):
+                stream.error = refusal(refused)
+                stream.wake()
+
+    def fail_all(self, make_error: Callable[[], EngineError]) -> None:
+        """Ends every open request with an error of its own."""
+        for stream in self._streams.values():
+            if stream.finished is None and stream.error is None:
+                stream.error = make_error()
+                stream.wake()
+
+
+async def run_request(
+    streams: StreamTable, request: GenerationRequest, send: Callable[[pb.FrontendMessage], None]
+) -> AsyncIterator[TokenChunk]:
+    """Submits, yields chunks up to the one with a finish_reason, and aborts if the reader leaves before that."""
+    stream = streams.open()
+    ended = False
+    try:
+        send(pb.FrontendMessage(submit=build_submit(stream.handle, request)))
+        while not ended:
+            try:
+                chunk = await stream.next_chunk()
+            except EngineError:
+                ended = True
+                raise
+            ended = chunk.finish_reason is not None
+            yield chunk
+    finally:
+        streams.close(stream)
+        if not ended:
+            send(pb.FrontendMessage(abort=pb.Abort(handles=[stream.handle])))
+
+
+def build_submit(handle: int, request: GenerationRequest) -> pb.Submit:
+    """Raises ValueError when max_tokens or the seed is not resolved."""
+    sampling = request.sampling
+    if sampling.max_tokens is None:
+        raise ValueError("max_tokens must be resolved before a request is sent")
+    return pb.Submit(
+        handle=handle,
+        request_id=request.request_id,
+        prompt_tokens=int32_bytes(request.prompt_token_ids),
+        output_tokens=int32_bytes(request.output_token_ids),
+        max_tokens=sampling.max_tokens,
+        ignore_eos=sampling.ignore_eos,
+        stop_token_ids=sampling.stop_token_ids,
+        sampling=encode_sampling(sampling),
+        priority=request.priority,
+        tenant=request.tenant,
+        cache_salt=request.cache_salt.encode(),
+    )
+
+
+def refusal(refused: pb.Refused) -> EngineError:
+    """The typed error of a request that never entered the engine."""
+    match refused.code:
+        case pb.Refused.INVALID:
+            return InvalidRequestError(refused.message)
+        case pb.Refused.QUEUE_FULL:
+            return QueueFullError(refused.message, refused.retry_after_s)
+        case pb.Refused.DRAINING:
+            return DrainingError(refused.message)
+        case _:
+            return UnavailableError(refused.message)

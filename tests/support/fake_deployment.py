@@ -1,0 +1,125 @@
+"""An engine with fake workers behind real gRPC, all on the test's event loop."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from manta.cluster.engine.bringup import bring_up
+from manta.cluster.engine.client import EngineClient, GenerationRequest, TokenChunk
+from manta.cluster.engine.engine import Engine
+from manta.cluster.engine.replica import Deadlines
+from manta.cluster.engine.service import serve
+from manta.configs.model import ModelSpec, parse_model_spec
+from manta.configs.sampling import SamplingParams
+from manta.configs.schema import ServeConfig
+from tests.support.fake_worker_server import VOCAB_SIZE, FakeWorker, FakeWorkerServer
+
+TEST_TIMEOUT_S = 60.0
+FAST = Deadlines(step_s=0.5, step_per_token_s=0.0, probe_s=1.0, check_every_s=0.05)
+EOS = VOCAB_SIZE + 1  # outside the vocabulary: the fake model never says it
+
+
+def run(test: Coroutine[Any, Any, None]) -> None:
+    """Runs an async test with a deadline."""
+    asyncio.run(asyncio.wait_for(test, TEST_TIMEOUT_S))
+
+
+async def until(condition: Callable[[], bool], what: str, timeout_s: float = 20.0) -> None:
+    """Yields to the loop until `condition()`; fails with `what` when the time is over."""
+    deadline_s = asyncio.get_running_loop().time() + timeout_s
+    while not condition():
+        assert asyncio.get_running_loop().time() < deadline_s, f"not within {timeout_s} s: {what}"
+        await asyncio.sleep(0.005)
+
+
+def fake_spec(max_position: int = 512, eos_token_id: int = EOS) -> ModelSpec:
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 8,
+        "intermediate_size": 16,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "max_position_embeddings": max_position,
+        "eos_token_id": eos_token_id,
+    }
+    return parse_model_spec(config, {})
+
+
+def fake_config(**overrides: Any) -> ServeConfig:
+    fields = {"model": "fake", "block_size": 8, "max_num_seqs": 16, "max_num_batched_tokens": 64}
+    return ServeConfig.model_validate(fields | overrides)
+
+
+def request(prompt: list[int], max_tokens: int, seed: int = 0, name: str = "r", **sampling: Any) -> GenerationRequest:
+    params = SamplingParams(max_tokens=max_tokens, seed=seed, **sampling)
+    return GenerationRequest(name, prompt, params)
+
+
+async def collect(chunks: AsyncIterator[TokenChunk]) -> tuple[list[int], TokenChunk]:
+    """All tokens of a request and its last chunk."""
+    tokens: list[int] = []
+    async for chunk in chunks:
+        tokens += chunk.token_ids
+    return tokens, chunk
+
+
+@dataclass
+class FakeDeployment:
+    engine: Engine
+    client: EngineClient
+    address: str
+    workers: list[list[FakeWorker]]
+    servers: list[list[FakeWorkerServer]]
+    lost: list[tuple[int, str]]
+
+    def check_pool(self) -> None:
+        """Nothing runs, and every block is free."""
+        self.engine.scheduler.check()
+        assert self.engine.scheduler.num_running == self.engine.scheduler.num_waiting == 0
+        load = self.engine.load()
+        assert load.num_free_blocks == load.num_blocks
+
+    async def settled(self) -> None:
+        """Waits until no plan is in flight, then checks the pool."""
+        scheduler = self.engine.scheduler
+        replicas = range(len(self.workers))
+        await until(lambda: not any(scheduler.num_in_flight(i) for i in replicas), "all plans answered")
+        self.check_pool()
+
+
+@asynccontextmanager
+async def fake_deployment(
+    config: ServeConfig | None = None,
+    spec: ModelSpec | None = None,
+    make_worker: Callable[[], FakeWorker] = FakeWorker,
+    **engine_options: Any,
+) -> AsyncIterator[FakeDeployment]:
+    """Workers for every rank of every replica, brought up; an engine; a connected client."""
+    config, spec = config or fake_config(), spec or fake_spec()
+    servers = [
+        [FakeWorkerServer(make_worker()) for _ in range(config.num_ranks)] for _ in range(config.data_parallel_size)
+    ]
+    addresses = [[await server.start() for server in replica] for replica in servers]
+    lost: list[tuple[int, str]] = []
+    deployment = await bring_up(config, spec, addresses)
+    options = {
+        "deadlines": FAST,
+        "on_replica_lost": lambda index, reason: lost.append((index, reason)),
+    } | engine_options
+    engine = Engine(config, spec, deployment, **options)
+    engine.start()
+    server, address = await serve(engine, "127.0.0.1", 0)
+    client = await EngineClient.connect(address)
+    workers = [[server.worker for server in replica] for replica in servers]
+    try:
+        yield FakeDeployment(engine, client, address, workers, servers, lost)
+    finally:
+        await client.close()
+        await engine.stop()
+        await server.stop(None)
+        for replica in servers:
+            for worker_server in replica:
+                await worker_server.stop()

@@ -1,0 +1,252 @@
+"""A gRPC worker that follows protos/worker.proto without a model: it refuses wrong differences, remembers which token's
+KV each block holds, and "samples" tokens by arithmetic that a test can redo."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+import grpc.aio
+import numpy as np
+
+from manta.configs.schema import ServeConfig
+from manta.protos import worker_pb2 as pb
+from manta.protos import worker_pb2_grpc
+
+VOCAB_SIZE = 1000
+
+
+def fake_next_token(last_token: int, position: int, seed: int) -> int:
+    """The token at `position` of a sequence whose token before it is `last_token`."""
+    return (last_token * 31 + position * 17 + seed) % VOCAB_SIZE
+
+
+def fake_tokens(prompt: list[int], num_tokens: int, seed: int) -> list[int]:
+    """What a fake worker generates after `prompt`."""
+    tokens = list(prompt)
+    for _ in range(num_tokens):
+        tokens.append(fake_next_token(tokens[-1], len(tokens), seed))
+    return tokens[len(prompt) :]
+
+
+class WrongPlanError(Exception):
+    """The plan breaks the protocol; the message says how."""
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise WrongPlanError(message)
+
+
+@dataclass
+class _Slot:
+    lane: int
+    tokens: list[int]
+    num_computed: int
+    max_length: int
+    blocks: list[int]
+    seed: int
+    decoding: bool = False
+
+
+@dataclass
+class FakeDevice:
+    """Slots and KV of one rank; `run` does what the comments of StepPlan say."""
+
+    num_blocks: int
+    block_size: int
+    epoch: int = 0
+    step: int = 0
+    slots: dict[int, _Slot] = field(default_factory=dict)
+    kv: dict[int, dict[int, int]] = field(default_factory=dict)  # block -> offset -> token
+
+    def run(self, plan: pb.StepPlan) -> list[int]:
+        """Returns the sampled tokens in row order. Raises WrongPlanError."""
+        self._enter(plan)
+        for slot in _column(plan.frees):
+            require(slot in self.slots, f"free of the empty slot {slot}")
+            del self.slots[slot]
+        for add in plan.adds:
+            self._add(add)
+        for slot, block in _column(plan.grow).reshape(-1, 2).tolist():
+            require(slot in self.slots, f"growth of the empty slot {slot}")
+            self.slots[slot].blocks.append(block)
+        for source, destination in _column(plan.copies).reshape(-1, 2).tolist():
+            self.kv[destination] = dict(self.kv.get(source, {}))
+        return self._decode(plan) + self._prefill(plan)
+
+    def _enter(self, plan: pb.StepPlan) -> None:
+        require(plan.epoch >= self.epoch, f"epoch {plan.epoch} after {self.epoch}")
+        if plan.epoch > self.epoch:
+            self.epoch, self.step = plan.epoch, 0
+            self.slots.clear()
+        require(plan.step == self.step + 1, f"step {plan.step} after {self.step}")
+        self.step = plan.step
+
+    def _add(self, add: pb.SeqAdd) -> None:
+        require(add.slot not in self.slots, f"slot {add.slot} is taken")
+        tokens = np.frombuffer(add.tokens, "<i4").tolist()
+        require(add.num_computed < len(tokens), "nothing is left to compute")
+        require(len(tokens) < add.max_length, "the sequence cannot grow")
+        blocks = _column(add.blocks).tolist()
+        seed = int(add.sampling.seed)
+        self.slots[add.slot] = _Slot(add.lane, tokens, add.num_computed, add.max_length, blocks, seed)
+
+    def _decode(self, plan: pb.StepPlan) -> list[int]:
+        held = set(_column(plan.holds).tolist())
+        sampled = []
+        for number in sorted(self.slots):
+            slot = self.slots[number]
+            runs = slot.lane == plan.lane and slot.decoding and number not in held
+            if runs and len(slot.tokens) < slot.max_length:
+                self._compute(slot, 1)
+                sampled.append(self._sample(slot))
+        return sampled
+
+    def _prefill(self, plan: pb.StepPlan) -> list[int]:
+        sampled = []
+        for number, length in zip(_column(plan.prefill_slots), _column(plan.prefill_lengths), strict=True):
+            require(int(number) in self.slots, f"prefill of the empty slot {number}")
+            slot = self.slots[int(number)]
+            require(slot.lane == plan.lane and not slot.decoding, f"slot {number} does not prefill in this lane")
+            require(0 < length <= len(slot.tokens) - slot.num_computed, f"prefill length {length}")
+            self._compute(slot, int(length))
+            if slot.num_computed == len(slot.tokens):
+                slot.decoding = True
+                sampled.append(self._sample(slot))
+        return sampled
+
+    def _compute(self, slot: _Slot, length: int) -> None:
+        """Writes the KV of the next tokens, after checking that all KV before it is this sequence's."""
+        end = slot.num_computed + length
+        require(end <= len(slot.blocks) * self.block_size, "the block table does not cover the tokens")
+        require(max(slot.blocks) < self.num_blocks, "a block outside the pool")
+        for position in range(slot.num_computed, end):
+            block, offset = divmod(position, self.block_size)
+            self.kv.setdefault(slot.blocks[block], {})[offset] = slot.tokens[position]
+        for position in range(end):
+            block, offset = divmod(position, self.block_size)
+            held = self.kv.get(slot.blocks[block], {}).get(offset)
+            require(held == slot.tokens[position], f"KV of position {position} holds token {held}")
+        slot.num_computed = end
+
+    def _sample(self, slot: _Slot) -> int:
+        token = fake_next_token(slot.tokens[-1], len(slot.tokens), slot.seed)
+        slot.tokens.append(token)
+        return token
+
+
+def _column(data: bytes) -> Any:
+    return np.frombuffer(data, "<u4").astype(int)
+
+
+class FakeWorker(worker_pb2_grpc.WorkerServicer):
+    """One rank. The attributes set by a test take effect at once."""
+
+    def __init__(self, num_blocks: int = 256, step_s: float = 0.0) -> None:
+        self.num_blocks = num_blocks
+        self.step_s = step_s
+        self.load_error: str | None = None  # Load fails with it
+        self.fail_at_step: int | None = None  # that step of the current epoch reports `step_error`, once
+        self.step_error = "out of memory"
+        self.stalled = False  # reads plans, answers none
+        self.num_steps = 0
+        self.max_queued = 0  # plans in the worker at once, the running one included
+        self.started_blocks: int | None = None
+        self.load: pb.LoadRequest | None = None
+        self.device: FakeDevice | None = None
+        self._config: ServeConfig | None = None
+
+    async def Describe(self, request: pb.DescribeRequest, context: Any) -> pb.DescribeResponse:
+        port = 12345 if request.open_rendezvous else 0
+        return pb.DescribeResponse(host="127.0.0.1", rendezvous_port=port, device="cpu", pid=1)
+
+    async def Load(self, request: pb.LoadRequest, context: Any) -> pb.LoadResponse:
+        if self.load_error is not None:
+            await context.abort(grpc.StatusCode.INTERNAL, self.load_error)
+        self.load = request
+        self._config = ServeConfig.model_validate_json(request.config_json)
+        return pb.LoadResponse(num_blocks=self.num_blocks, weight_bytes=1000, bytes_per_block=64, load_s=0.1)
+
+    async def Start(self, request: pb.StartRequest, context: Any) -> pb.StartResponse:
+        assert self._config is not None
+        self.started_blocks = request.num_blocks
+        self.device = FakeDevice(request.num_blocks, self._config.block_size)
+        return pb.StartResponse(warmup_s=0.0)
+
+    async def Run(self, plans: AsyncIterator[pb.StepPlan], context: Any) -> AsyncIterator[pb.StepResult]:
+        queue: asyncio.Queue[tuple[pb.StepPlan, float]] = asyncio.Queue()
+        queued = 0
+
+        async def read() -> None:
+            nonlocal queued
+            async for plan in plans:
+                queued += 1
+                self.max_queued = max(self.max_queued, queued)
+                queue.put_nowait((plan, time.perf_counter()))
+
+        reader = asyncio.create_task(read())
+        idle_from_s = time.perf_counter()
+        try:
+            while True:
+                plan, arrived_s = await queue.get()
+                start_s = time.perf_counter()
+                result = await self._step(plan)
+                end_s = time.perf_counter()
+                result.device_us = int((end_s - start_s) * 1e6)
+                result.queue_us = int((start_s - arrived_s) * 1e6)
+                result.idle_us = int((start_s - idle_from_s) * 1e6)
+                idle_from_s = end_s
+                queued -= 1
+                if result.error or self._is_output():
+                    yield result
+        finally:
+            reader.cancel()
+
+    async def _step(self, plan: pb.StepPlan) -> pb.StepResult:
+        assert self.device is not None
+        while self.stalled:
+            await asyncio.sleep(0.01)
+        if self.step_s:
+            await asyncio.sleep(self.step_s)
+        result = pb.StepResult(epoch=plan.epoch, step=plan.step)
+        if self.fail_at_step == plan.step:
+            self.fail_at_step = None
+            result.error = self.step_error
+            return result
+        try:
+            result.tokens = np.array(self.device.run(plan), "<i4").tobytes()
+        except WrongPlanError as error:
+            result.error = f"wrong plan at step {plan.step}: {error}"
+        self.num_steps += 1
+        return result
+
+    def _is_output(self) -> bool:
+        assert self.load is not None
+        assert self._config is not None
+        return self.load.tp_rank == 0 and self.load.pp_rank == self._config.pipeline_parallel_size - 1
+
+
+class FakeWorkerServer:
+    """A FakeWorker behind a real gRPC server on this event loop."""
+
+    def __init__(self, worker: FakeWorker | None = None) -> None:
+        self.worker = worker or FakeWorker()
+        self.address = ""
+        self._server: grpc.aio.Server | None = None
+
+    async def start(self) -> str:
+        options = (("grpc.http2.max_ping_strikes", 0), ("grpc.so_reuseport", 0))
+        self._server = grpc.aio.server(options=options)
+        worker_pb2_grpc.add_WorkerServicer_to_server(self.worker, self._server)
+        self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+        await self._server.start()
+        return self.address
+
+    async def stop(self) -> None:
+        """Also how a test kills the worker: the streams break and nobody listens any more."""
+        if self._server is not None:
+            await self._server.stop(None)
+            self._server = None
