@@ -13,7 +13,7 @@ from starlette.routing import Route
 from manta.cluster.doors.chat import ChatCompletions
 from manta.cluster.doors.completions import Completions
 from manta.cluster.doors.errors import Kind, RequestError, from_engine, internal
-from manta.cluster.doors.exchange import JsonEndpoint, RequestIds, error_headers
+from manta.cluster.doors.exchange import Handler, JsonEndpoint, RequestIds, error_headers
 from manta.cluster.doors.openai_call import Service
 from manta.cluster.doors.state import State, json_response
 from manta.cluster.doors.tokenization import Detokenize, Tokenize
@@ -22,7 +22,7 @@ from manta.cluster.engine.client import EngineError
 
 def build_app(service: Service) -> Starlette:
     """The application; every error it answers has the OpenAI API's body."""
-    posts = {
+    posts: dict[str, Handler] = {
         "/v1/completions": Completions(service),
         "/v1/chat/completions": ChatCompletions(service),
         "/tokenize": Tokenize(service),

@@ -102,7 +102,7 @@ class Tokenizer:
 
 
 def load_tokenizer(config: ServeConfig) -> Tokenizer:
-    """The tokenizer of the configured model, with `config.chat_template` (a file or the text). Raises TokenizerError."""
+    """The configured model's tokenizer, with `config.chat_template` (a file or the text). Raises TokenizerError."""
     from transformers import AutoTokenizer  # takes seconds and brings torch along
 
     name = config.tokenizer or config.model
@@ -124,7 +124,7 @@ def _read_template(template: str | None) -> str | None:
 
 
 def _default_template(hf_tokenizer: Any) -> str | None:
-    template = hf_tokenizer.chat_template
+    template: Any = hf_tokenizer.chat_template
     if isinstance(template, dict):  # several, by name
         template = template.get("default")
-    return template
+    return None if template is None else str(template)

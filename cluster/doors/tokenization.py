@@ -25,9 +25,10 @@ class Tokenize:
         if "messages" in given:
             text, add_special_tokens = chat_prompt(validator.tokenizer, given)
         else:
-            text = given.get("prompt")
-            if not isinstance(text, str):
-                raise RequestError(f"prompt must be a string, not {shown(text)}", "prompt", "invalid_type")
+            prompt = given.get("prompt")
+            if not isinstance(prompt, str):
+                raise RequestError(f"prompt must be a string, not {shown(prompt)}", "prompt", "invalid_type")
+            text = prompt
             add_special_tokens = check_bool(given.get("add_special_tokens", True), "add_special_tokens")
         token_ids = await validator.encode(text, add_special_tokens)
         strings = validator.tokenizer.tokens(token_ids) if with_strings else None
