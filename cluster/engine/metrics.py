@@ -83,9 +83,7 @@ class ReplicaMetrics:
         self.dispatch_latency_s = Histogram(
             "manta:dispatch_latency_seconds", "Plan sent to result received, less device time.", _OVERHEAD_S
         )
-        self.scheduler_cpu_s = Histogram(
-            "manta:scheduler_cpu_seconds", "What a step costs this process.", _OVERHEAD_S
-        )
+        self.scheduler_cpu_s = Histogram("manta:scheduler_cpu_seconds", "What a step costs this process.", _OVERHEAD_S)
         self.plan_bytes = Histogram("manta:plan_bytes", "Size of one encoded step plan.", _PLAN_BYTES)
         self.prompt_tokens = Counter("vllm:prompt_tokens", "Prompt tokens of requests that got a slot.")
         self.generation_tokens = Counter("vllm:generation_tokens", "Tokens generated.")

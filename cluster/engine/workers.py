@@ -121,7 +121,7 @@ def describe_rpc_error(error: grpc.aio.AioRpcError) -> str:
     first_line = details.splitlines()[0] if details else ""
     match error.code():
         case grpc.StatusCode.UNAVAILABLE:
-            return f"the process does not answer ({first_line or 'connection lost'})"
+            return f"the process does not answer ({first_line.rsplit(': ', 1)[-1] or 'connection lost'})"
         case grpc.StatusCode.DEADLINE_EXCEEDED:
             return "the process did not answer in time"
         case grpc.StatusCode.UNKNOWN:  # an exception in the worker; gRPC puts its own words before the message

@@ -105,7 +105,7 @@ async def fake_deployment(
     addresses = [[await server.start() for server in replica] for replica in servers]
     lost: list[tuple[int, str]] = []
     deployment = await bring_up(config, spec, addresses)
-    options = {
+    options: dict[str, Any] = {
         "deadlines": FAST,
         "on_replica_lost": lambda index, reason: lost.append((index, reason)),
     } | engine_options

@@ -7,6 +7,7 @@ import pytest
 from manta.cluster.engine.client import EngineClient, InvalidRequestError, QueueFullError
 from manta.cluster.engine.types import DrainingError
 from manta.protos import engine_pb2 as pb
+from manta.protos import sampling_pb2, worker_pb2
 from tests.support.fake_deployment import collect, fake_config, fake_deployment, fake_spec, request, run, until
 from tests.support.fake_worker_server import FakeWorker, fake_tokens
 
@@ -84,10 +85,10 @@ def test_a_stop_token_ends_the_request_and_is_delivered() -> None:
 
 def test_the_worker_is_told_what_to_mask_before_min_tokens() -> None:
     async def test() -> None:
-        seen = []
+        seen: list[sampling_pb2.Sampling] = []
 
         class Worker(FakeWorker):
-            async def _step(self, plan):  # type: ignore[no-untyped-def]
+            async def _step(self, plan: worker_pb2.StepPlan) -> worker_pb2.StepResult:
                 seen.extend(add.sampling for add in plan.adds)
                 return await super()._step(plan)
 

@@ -1,0 +1,164 @@
+"""What clients see when workers, frontends or the engine fail."""
+
+import asyncio
+
+import pytest
+
+from manta.cluster.engine.client import EngineClient, EngineLostError
+from manta.cluster.engine.types import UnavailableError
+from manta.protos import worker_pb2 as pb
+from tests.support.fake_deployment import collect, fake_config, fake_deployment, request, run, until
+from tests.support.fake_worker_server import FakeWorker, fake_tokens
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("rank", [0, -1], ids=["first", "last"])
+def test_a_step_error_replays_with_the_same_tokens(tp: int, rank: int) -> None:
+    async def test() -> None:
+        async with fake_deployment(fake_config(tensor_parallel_size=tp)) as deployment:
+            worker = deployment.workers[0][rank]
+            worker.fail_at_step = 9
+            requests = [request([i, i + 1], 30, seed=i) for i in range(8)]
+            results = await asyncio.gather(*(collect(deployment.client.generate(one)) for one in requests))
+            for i, (tokens, last) in enumerate(results):
+                assert tokens == fake_tokens([i, i + 1], 30, seed=i)
+                assert last.finish_reason == "length"
+            assert worker.fail_at_step is None
+            assert worker.device is not None
+            assert worker.device.epoch == 2
+            await deployment.settled()
+            assert b'manta:failovers_total{engine="0",model_name="fake"} 1.0' in deployment.engine.metrics_text()
+
+    run(test())
+
+
+def test_a_worker_that_fails_again_and_again_is_given_up() -> None:
+    async def test() -> None:
+        async with fake_deployment() as deployment:
+
+            async def keep_breaking() -> None:
+                while True:
+                    deployment.workers[0][0].fail_at_step = 2
+                    await asyncio.sleep(0)
+
+            breaking = asyncio.create_task(keep_breaking())
+            tokens, last = await collect(deployment.client.generate(request([1], 50)))
+            breaking.cancel()
+            assert last.finish_reason == "error"
+            assert "out of memory (3 times in a row)" in last.error
+            assert tokens == fake_tokens([1], 50, seed=0)[: len(tokens)]
+            assert "out of memory" in deployment.lost[0][1]
+            await deployment.settled()
+
+    run(test())
+
+
+def test_a_killed_worker_ends_requests_with_an_error() -> None:
+    async def test() -> None:
+        async with fake_deployment(make_worker=lambda: FakeWorker(step_s=0.01)) as deployment:
+            running = [asyncio.create_task(collect(deployment.client.generate(request([i], 400)))) for i in range(20)]
+            scheduler = deployment.engine.scheduler
+            await until(lambda: scheduler.num_running + scheduler.num_waiting == 20, "all are taken")
+            await deployment.servers[0][0].stop()
+            for tokens, last in await asyncio.gather(*running):
+                assert last.finish_reason == "error"
+                assert "rank 0" in last.error
+                assert deployment.servers[0][0].address in last.error
+                assert "\n" not in last.error
+                assert len(tokens) < 400
+            with pytest.raises(UnavailableError, match="no replica"):
+                await collect(deployment.client.generate(request([1], 1)))
+            load = await deployment.client.load()
+            assert not load.healthy
+            assert "does not answer" in load.detail
+            await deployment.settled()
+
+    run(test())
+
+
+def test_another_replica_takes_over() -> None:
+    async def test() -> None:
+        config = fake_config(data_parallel_size=2, max_num_seqs=4)
+        async with fake_deployment(config, make_worker=lambda: FakeWorker(step_s=0.005)) as deployment:
+            requests = [request([i, 3], 60, seed=i) for i in range(12)]
+            running = [asyncio.create_task(collect(deployment.client.generate(one))) for one in requests]
+            await until(lambda: deployment.engine.scheduler.num_running == 8, "both replicas are full")
+            await deployment.servers[1][0].stop()
+            for i, (tokens, last) in enumerate(await asyncio.gather(*running)):
+                assert tokens == fake_tokens([i, 3], 60, seed=i)
+                assert last.finish_reason == "length"
+            await until(lambda: bool(deployment.lost), "the loss is reported")
+            assert deployment.lost[0][0] == 1
+            assert (await deployment.client.load()).healthy
+            await deployment.settled()
+
+    run(test())
+
+
+def test_a_stalled_worker_does_not_hang_the_engine() -> None:
+    async def test() -> None:
+        async with fake_deployment() as deployment:
+            worker = deployment.workers[0][0]
+            worker.stalled = True
+            tokens, last = await collect(deployment.client.generate(request([1], 5)))
+            assert (tokens, last.finish_reason) == ([], "error")
+            assert "has not come back within" in last.error
+            worker.stalled = False
+
+    run(test())
+
+
+def test_a_wrong_answer_ends_the_epoch() -> None:
+    class Babbler(FakeWorker):
+        babble = True
+
+        async def _step(self, plan: pb.StepPlan) -> pb.StepResult:
+            result = await super()._step(plan)
+            if self.babble and plan.step == 5:
+                self.babble = False
+                result.tokens += b"\1\0\0\0"
+            return result
+
+    async def test() -> None:
+        async with fake_deployment(make_worker=Babbler) as deployment:
+            tokens, _ = await collect(deployment.client.generate(request([1], 20)))
+            assert tokens == fake_tokens([1], 20, seed=0)
+            device = deployment.workers[0][0].device
+            assert device is not None
+            assert device.epoch == 2
+
+    run(test())
+
+
+def test_a_frontend_that_does_not_read_is_cut_off() -> None:
+    async def test() -> None:
+        async with fake_deployment(max_pending_bytes=24) as deployment:  # two tokens
+            reader = await EngineClient.connect(deployment.address)
+            results = await asyncio.gather(
+                *(collect(deployment.client.generate(request([i], 400))) for i in range(3)), return_exceptions=True
+            )
+            assert all(isinstance(result, EngineLostError) for result in results)
+            assert "unread" in str(results[0])
+            tokens, _ = await collect(reader.generate(request([1], 5)))  # others are not concerned
+            assert tokens == fake_tokens([1], 5, seed=0)
+            await deployment.settled()
+            await until(lambda: deployment.client.connected, "the client connects again")
+            tokens, _ = await collect(deployment.client.generate(request([1], 5)))
+            assert tokens == fake_tokens([1], 5, seed=0)
+            await reader.close()
+
+    run(test())
+
+
+def test_a_client_without_engine_says_so() -> None:
+    async def test() -> None:
+        with pytest.raises(EngineLostError, match=r"no engine answers at 127\.0\.0\.1:1"):
+            await EngineClient.connect("127.0.0.1:1", timeout_s=0.2)
+        async with fake_deployment(make_worker=lambda: FakeWorker(step_s=0.01)) as deployment:
+            running = asyncio.create_task(collect(deployment.client.generate(request([1], 400))))
+            await until(lambda: deployment.engine.scheduler.num_running == 1, "it runs")
+            await deployment.engine.stop()
+            _, last = await running
+            assert (last.finish_reason, last.error) == ("error", "the engine is shutting down")
+
+    run(test())
