@@ -185,6 +185,9 @@ class Scheduler:
 def _check_capacities(replicas: list[Capacity]) -> None:
     if not replicas:
         raise ValueError("a scheduler needs at least one replica")
+    block_sizes = {capacity.block_size for capacity in replicas}
+    if len(block_sizes) > 1:  # a sequence keeps its block hashes when it moves
+        raise ValueError(f"replicas have block sizes {sorted(block_sizes)}; they must be equal")
     for i, capacity in enumerate(replicas):
         if capacity.max_num_batched_tokens < capacity.max_num_seqs:
             raise ValueError(

@@ -1,0 +1,137 @@
+"""Whatever arrives and whatever happens, each request gets the tokens it would have got alone, and the books agree."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from manta.scheduler.types import Capacity, RefusedError, Request
+from tests.support.deployment import VOCAB_SIZE, Deployment
+
+PREFIXES = [[7, 3, 11, 3, 5, 2, 19, 8, 1, 1, 4, 13], [7, 3, 11, 3, 9, 9, 9, 0, 6, 12, 17, 2], [0] * 12]
+
+
+@dataclass
+class Add:
+    prompt: list[int]
+    fields: dict[str, Any]
+
+
+@st.composite
+def capacities(draw: st.DrawFn, block_size: int) -> Capacity:
+    num_lanes = draw(st.integers(1, 3))
+    max_num_seqs = draw(st.integers(num_lanes, 6))
+    return Capacity(
+        num_blocks=draw(st.integers(2, 12)) * -(-4 // block_size),
+        block_size=block_size,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=draw(st.integers(max_num_seqs, 24)),
+        max_model_len=draw(st.integers(4, 40)),
+        num_lanes=num_lanes,
+    )
+
+
+@st.composite
+def options(draw: st.DrawFn) -> dict[str, Any]:
+    return {
+        "policy": draw(st.sampled_from(["fcfs", "priority"])),
+        "enable_prefix_caching": draw(st.booleans()),
+        "enable_chunked_prefill": draw(st.booleans()),
+    }
+
+
+@st.composite
+def adds(draw: st.DrawFn) -> Add:
+    shared = draw(st.sampled_from(PREFIXES))[: draw(st.integers(0, 12))]
+    prompt = shared + draw(st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=0 if shared else 1, max_size=12))
+    adapter, salt = draw(st.sampled_from([("", b""), ("", b""), ("lora", b""), ("", b"tenant")]))
+    fields = {
+        "max_tokens": draw(st.integers(1, 16)),
+        "sampling": adapter,
+        "adapter": adapter,
+        "salt": salt,
+        "stop_token_ids": draw(st.frozensets(st.integers(0, VOCAB_SIZE - 1), max_size=3)),
+        "min_tokens": draw(st.integers(0, 3)),
+        "priority": draw(st.integers(0, 2)),
+    }
+    return Add(prompt, fields)
+
+
+OPERATIONS = st.one_of(
+    adds(),
+    st.sampled_from(["send", "send", "deliver"]),
+    st.sampled_from(["send", "deliver"]),
+    st.sampled_from(["send", "deliver", "send", "deliver", "send", "deliver", "abort", "reset"]),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.integers(1, 5).flatmap(lambda block_size: st.lists(capacities(block_size), min_size=1, max_size=2)),
+    options(),
+    st.lists(st.tuples(OPERATIONS, st.integers(0, 1000)), min_size=10, max_size=100),
+)
+def test_everyone_gets_what_it_would_have_got_alone(
+    replicas: list[Capacity], options: dict[str, Any], operations: list[tuple[Add | str, int]]
+) -> None:
+    deployment = Deployment(*replicas, **options)
+    for id, (operation, choice) in enumerate(operations):
+        replica = choice % len(replicas)
+        match operation:
+            case Add(prompt, fields):
+                try:
+                    deployment.add(Request(id, np.array(prompt, np.int32), **fields))
+                except RefusedError:
+                    assert id not in deployment.requests
+            case "send":
+                deployment.send(replica)
+            case "deliver":
+                deployment.deliver(replica)
+            case "abort":
+                deployment.abort(choice % (id + 1))
+            case "reset":
+                deployment.reset(replica)
+    deployment.run()
+    deployment.assert_all_as_alone()
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.booleans(),
+    st.sampled_from(["fcfs", "priority"]),
+    st.lists(st.tuples(st.integers(1, 10), st.integers(1, 10), st.integers(0, 2)), min_size=2, max_size=8),
+)
+def test_all_end_in_a_pool_that_holds_just_the_longest(
+    block_size: int, num_lanes: int, caching: bool, policy: str, sizes: list[tuple[int, int, int]]
+) -> None:
+    longest = max(num_prompt + max_tokens - 1 for num_prompt, max_tokens, _ in sizes)
+    capacity = Capacity(-(-longest // block_size), block_size, 6, 24, 64, num_lanes)
+    deployment = Deployment(capacity, enable_prefix_caching=caching, policy=policy)
+    for id, (num_prompt, max_tokens, priority) in enumerate(sizes):
+        prompt = np.array(PREFIXES[id % 2][:num_prompt], np.int32)
+        deployment.add(Request(id, prompt, max_tokens, priority=priority))
+    deployment.run()
+    deployment.assert_all_as_alone()
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=6), st.integers(0, 12), st.integers(1, 3))
+def test_a_resubmitted_request_goes_on_where_it_was(lengths: list[int], num_steps: int, num_lanes: int) -> None:
+    """The scheduler dies, and the frontends bring their requests, with what was delivered, to the next one."""
+    capacity = Capacity(40, 4, 6, 16, 64, num_lanes)
+    first, second = Deployment(capacity), Deployment(capacity)
+    for id, length in enumerate(lengths):
+        first.add(Request(id, np.array(PREFIXES[0][:length], np.int32), 8, stop_token_ids=frozenset({id, 11})))
+    for _ in range(num_steps):
+        first.send()
+        first.deliver()
+    for id, request in first.requests.items():
+        if id not in first.finished:
+            output = np.array(first.tokens[id], np.int32)
+            second.add(Request(id, request.prompt, 8, stop_token_ids=request.stop_token_ids, output=output))
+    second.run()
+    second.assert_all_as_alone()

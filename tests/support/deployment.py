@@ -1,0 +1,136 @@
+"""A scheduler with a FakeWorker per replica: sends plans, delivers answers when told, keeps what clients would see."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from manta.scheduler.scheduler import Scheduler
+from manta.scheduler.types import Capacity, Events, Finished, Request, Started, StepPlan
+from tests.support.fake_worker import FakeWorker, generate_alone
+
+VOCAB_SIZE = 20
+
+
+def capacity(**overrides: int) -> Capacity:
+    """A small replica; what a test is about is given by keyword."""
+    fields = {
+        "num_blocks": 32,
+        "block_size": 4,
+        "max_num_seqs": 4,
+        "max_num_batched_tokens": 16,
+        "max_model_len": 64,
+        "num_lanes": 1,
+    }
+    return Capacity(**(fields | overrides))
+
+
+def request(id: int, prompt: int | Sequence[int], max_tokens: int = 4, **fields: Any) -> Request:
+    """`prompt` is the tokens, or how many: then they differ from every other request's."""
+    tokens = np.random.default_rng(id).integers(0, VOCAB_SIZE, prompt) if isinstance(prompt, int) else prompt
+    return Request(id, np.array(tokens, np.int32), max_tokens, **fields)
+
+
+class Deployment:
+    def __init__(self, *capacities: Capacity, **options: Any) -> None:
+        self.capacities = capacities
+        self.scheduler = Scheduler(list(capacities), **options)
+        chunked = options.get("enable_chunked_prefill", True)
+        self.workers = [FakeWorker(each, VOCAB_SIZE, chunked) for each in capacities]
+        self.requests: dict[int, Request] = {}
+        self.tokens: dict[int, list[int]] = {}
+        self.started: dict[int, Started] = {}
+        self.finished: dict[int, Finished] = {}
+
+    def add(self, request: Request) -> None:
+        self.scheduler.add(request)
+        self.requests[request.id] = request
+        self.tokens[request.id] = request.output.tolist()
+        self._hear(self.scheduler.take_events())
+
+    def abort(self, request_id: int) -> None:
+        self._hear(self.scheduler.abort(request_id))
+        self.scheduler.check()
+
+    def send(self, replica: int = 0) -> StepPlan | None:
+        """Plans one step and hands it to the worker."""
+        plan = self.scheduler.plan(replica)
+        self.scheduler.check()
+        if plan is not None:
+            self.workers[replica].submit(plan)
+        return plan
+
+    def deliver(self, replica: int = 0) -> None:
+        """Hands the worker's oldest answer, if there is one, to the scheduler."""
+        if self.workers[replica].num_in_flight:
+            self._hear(self.scheduler.apply(self.workers[replica].deliver(), replica))
+            self.scheduler.check()
+
+    def step(self, replica: int = 0) -> StepPlan | None:
+        """One step with nothing else in flight."""
+        plan = self.send(replica)
+        self.deliver(replica)
+        return plan
+
+    def reset(self, replica: int = 0) -> None:
+        """The replica's worker is lost, and answers late: nothing of what it says may count."""
+        late = self.workers[replica]
+        self.workers[replica] = FakeWorker(self.capacities[replica], VOCAB_SIZE, late.enable_chunked_prefill)
+        self.scheduler.reset(replica)
+        self.scheduler.check()
+        while late.num_in_flight:
+            self._hear(self.scheduler.apply(late.deliver(), replica))
+            self.scheduler.check()
+
+    def run(self) -> None:
+        """Until everything has ended and every answer is in, as many plans in flight as allowed."""
+        for _ in range(100_000):
+            for replica in range(len(self.workers)):
+                while self.send(replica) is not None:
+                    pass
+                self.deliver(replica)
+            if not self.scheduler.num_running and not self.scheduler.num_waiting:
+                break
+        else:
+            raise AssertionError("requests do not end")
+        for replica, worker in enumerate(self.workers):
+            while worker.num_in_flight:
+                self.deliver(replica)
+
+    def expected(self, request_id: int) -> tuple[list[int], str]:
+        """Tokens and reason that the request has when it runs alone."""
+        request = self.requests[request_id]
+        max_model_len = min(each.max_model_len for each in self.capacities)
+        max_tokens = min(request.max_tokens, max_model_len - len(request.prompt))
+        tokens = generate_alone(request.prompt, max_tokens, request.sampling, VOCAB_SIZE)
+        for count, token in enumerate(tokens, start=1):
+            if token in request.stop_token_ids and count >= request.min_tokens:
+                return tokens[:count], "stop"
+        return tokens, "length"
+
+    def assert_all_as_alone(self) -> None:
+        """Everyone ended, with the tokens it would have got alone; who was aborted, with the first of them."""
+        assert self.finished.keys() == self.requests.keys()
+        for request_id, end in self.finished.items():
+            tokens, reason = self.expected(request_id)
+            got = self.tokens[request_id]
+            assert end.num_output_tokens == len(got)
+            if end.reason == "abort":
+                assert got == tokens[: len(got)]
+            else:
+                assert (got, end.reason) == (tokens, reason)
+                assert end.stop_token == (tokens[-1] if reason == "stop" else None)
+        for replica, each in enumerate(self.capacities):
+            assert self.scheduler.num_free_blocks(replica) == each.num_blocks
+
+    def _hear(self, events: Events) -> None:
+        for started in events.started:
+            assert started.request.id not in self.started, "started twice"
+            self.started[started.request.id] = started
+        for request, token in zip(events.requests, events.tokens, strict=True):
+            assert request.id in self.started, "a token before the start"
+            assert request.id not in self.finished, "a token after the end"
+            self.tokens[request.id].append(token)
+        for finished in events.finished:
+            assert finished.request.id not in self.finished, "finished twice"
+            self.finished[finished.request.id] = finished
