@@ -53,7 +53,7 @@ class ServeConfig(BaseModel):
     kv_cache_memory_bytes: ByteSize | None = option(
         None,
         "KV cache",
-        "bytes of KV blocks per rank, such as 4GiB; unset on a CPU: a quarter of free memory over all ranks, at most 4GiB",
+        "bytes of KV blocks per rank, as 4GiB; unset on a CPU: a quarter of free memory over all ranks, at most 4GiB",
     )
     block_size: int = option(16, "KV cache", "tokens per KV block, a power of two", ge=8, le=256)
     num_gpu_blocks_override: int | None = option(
