@@ -1,68 +1,55 @@
-"""Process entry of a frontend: `python -m manta.cluster.doors.main ENGINE_ADDRESS [CONFIG_FILE]`.
+"""The frontend process: `python -m manta.cluster.doors.main --config-json JSON --engine HOST:PORT`.
 
-The ServeConfig comes as JSON from the file or from standard input. Prints `MANTA_ADDRESS host:http_port host:grpc_port`
-when both doors are open. Ends on SIGTERM or SIGINT after the running requests, and when its parent dies.
+Prints `MANTA_ADDRESS host:http_port host:grpc_port` when both doors are open. SIGTERM and SIGINT let running requests
+finish; the end of the parent does not.
 """
 
 import argparse
 import asyncio
-import contextlib
-import ctypes
-import os
+import logging
 import signal
 import sys
-from pathlib import Path
 
+import uvloop
 from pydantic import ValidationError
 
 from manta.cluster.doors.frontend import Frontend
 from manta.cluster.doors.server import PortError
 from manta.cluster.doors.text import TokenizerError
 from manta.cluster.engine.client import EngineError
+from manta.cluster.orphan import parent_ended
 from manta.configs.model import ModelError
 from manta.configs.schema import ServeConfig
 
-PARENT_POLL_S = 1.0
-_PR_SET_PDEATHSIG = 1
 
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Manta frontend: HTTP and gRPC.")
-    parser.add_argument("engine_address", help="host:port of the engine")
-    parser.add_argument("config", nargs="?", help="file with the ServeConfig as JSON; standard input if not given")
-    args = parser.parse_args()
-    parent_pid = os.getppid()
-    _end_with_parent()
-    config_json = Path(args.config).read_text(encoding="utf-8") if args.config else sys.stdin.read()
-    import uvloop
-
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="manta.cluster.doors.main", description="A frontend process: HTTP and gRPC.")
+    parser.add_argument("--config-json", required=True, help="configs.schema.ServeConfig as JSON")
+    parser.add_argument("--engine", required=True, help="host:port of the scheduler process")
+    parser.add_argument("--parent-pid", type=int, default=0, help="end when this process is gone")
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     try:
-        uvloop.run(_serve(config_json, args.engine_address, parent_pid))
+        uvloop.run(_serve(args.config_json, args.engine, args.parent_pid))
     except (ValidationError, TokenizerError, ModelError, PortError, EngineError) as error:
-        print(f"frontend: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
     return 0
 
 
 async def _serve(config_json: str, engine_address: str, parent_pid: int) -> None:
     config = ServeConfig.model_validate_json(config_json)
-    ended = asyncio.Event()
-    loop = asyncio.get_running_loop()
+    stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, ended.set)
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     frontend = Frontend(config_json, engine_address)
     ports = await frontend.start()
     print(f"MANTA_ADDRESS {config.host}:{ports['http']} {config.host}:{ports['grpc']}", flush=True)
-    while not ended.is_set() and os.getppid() == parent_pid:
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(ended.wait(), PARENT_POLL_S)
-    await frontend.stop(config.shutdown_timeout if ended.is_set() else 0.0)
-
-
-def _end_with_parent() -> None:
-    """Linux sends SIGTERM when the parent dies; polling covers other systems and a parent that died before this."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    waits = [asyncio.create_task(stopping.wait()), asyncio.create_task(parent_ended(parent_pid))]
+    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    for task in waits:
+        task.cancel()
+    await frontend.stop(config.shutdown_timeout if stopping.is_set() else 0.0)
 
 
 if __name__ == "__main__":
