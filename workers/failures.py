@@ -16,11 +16,10 @@ def status_of(error: Exception) -> grpc.StatusCode:
 
     from manta.workers.capacity import CapacityError
     from manta.workers.rank import PlacementError
-    from manta.workers.weights import WeightError
 
     if isinstance(error, OrderError):
         return grpc.StatusCode.FAILED_PRECONDITION
-    if isinstance(error, ValidationError | ModelError | PlacementError | WeightError):
+    if isinstance(error, ValidationError | ModelError | PlacementError):
         return grpc.StatusCode.INVALID_ARGUMENT
     if isinstance(error, CapacityError | OutOfMemoryError | MemoryError):
         return grpc.StatusCode.RESOURCE_EXHAUSTED

@@ -23,8 +23,9 @@ def main() -> None:
     signal.signal(signal.SIGINT, lambda *_: ended.set())
     if args.parent_pid is not None:
         watch_parent(args.parent_pid, on_death=ended.set)
+    server = WorkerServer(args.host, args.port)  # must be held: gRPC stops a server nobody refers to
     try:
-        address = WorkerServer(args.host, args.port).start()
+        address = server.start()
     except RuntimeError as error:
         sys.exit(f"worker cannot listen on {args.host}:{args.port}: {error}")
     if args.address_file is not None:

@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import math
 import os
 import time
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from manta.workers.mesh import Mesh, connect_mesh
 from manta.workers.models.decoder import CausalLM, allocate_kv_cache
 from manta.workers.runner import HiddenShape, Runner
 from manta.workers.warmup import run_largest_step, run_small_steps
+from manta.workers.weights import weight_names, weight_slice
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +115,7 @@ def load_rank(config: ServeConfig, placement: Placement) -> LoadedRank:
         model=model,
         dtype=dtype,
         num_blocks=num_blocks,
-        weight_bytes=sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
+        weight_bytes=_weight_bytes(spec, mesh, dtype),
         bytes_per_block=bytes_per_block,
         load_s=loaded_s - started_s,
         profile_s=time.perf_counter() - loaded_s,
@@ -145,6 +147,13 @@ def _check(config: ServeConfig, placement: Placement) -> None:
         raise PlacementError("num_workers_on_host must count this worker, so it is at least 1")
     if config.num_ranks > 1 and placement.store is None and not placement.rendezvous_port:
         raise PlacementError("this rank has neither opened a rendezvous nor been told rendezvous_port")
+
+
+def _weight_bytes(spec: ModelSpec, mesh: Mesh, dtype: torch.dtype) -> int:
+    """Of this rank's parts of the checkpoint; kernels may pack them into a little more."""
+    parts = (weight_slice(spec, mesh, name) for name in weight_names(spec))
+    num_weights = sum(math.prod(axis.stop - axis.start for axis in part.source) for part in parts if part is not None)
+    return num_weights * dtype.itemsize
 
 
 def _max_model_len(config: ServeConfig, spec: ModelSpec) -> int:

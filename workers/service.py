@@ -105,17 +105,21 @@ class WorkerService(WorkerServicer):
             if self._load_began:
                 raise OrderError("Load came a second time; a worker loads once")
             self._load_began = True
-        self._name = f"tp rank {request.tp_rank} of stage {request.pp_rank}"
-        config = ServeConfig.model_validate_json(request.config_json)
-        placement = Placement(
-            tp_rank=request.tp_rank,
-            pp_rank=request.pp_rank,
-            num_workers_on_host=request.num_workers_on_host,
-            rendezvous_host=request.rendezvous_host,
-            rendezvous_port=request.rendezvous_port,
-            store=self._store[0] if self._store else None,
-        )
-        self._loaded = self._compute.call(partial(load_rank, config, placement))
+        try:
+            self._name = f"tp rank {request.tp_rank} of stage {request.pp_rank}"
+            config = ServeConfig.model_validate_json(request.config_json)
+            placement = Placement(
+                tp_rank=request.tp_rank,
+                pp_rank=request.pp_rank,
+                num_workers_on_host=request.num_workers_on_host,
+                rendezvous_host=request.rendezvous_host,
+                rendezvous_port=request.rendezvous_port,
+                store=self._store[0] if self._store else None,
+            )
+            self._loaded = self._compute.call(partial(load_rank, config, placement))
+        except Exception:
+            self._load_began = False  # the caller may mend its request and try again
+            raise
         return self._loaded
 
     def _start(self, num_blocks: int) -> None:
