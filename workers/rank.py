@@ -152,7 +152,7 @@ def _check(config: ServeConfig, placement: Placement) -> None:
 def _weight_bytes(spec: ModelSpec, mesh: Mesh, dtype: torch.dtype) -> int:
     """Of this rank's parts of the checkpoint; kernels may pack them into a little more."""
     parts = (weight_slice(spec, mesh, name) for name in weight_names(spec))
-    num_weights = sum(math.prod(axis.stop - axis.start for axis in part.source) for part in parts if part is not None)
+    num_weights: int = sum(math.prod(axis.stop - axis.start for axis in part.source) for part in parts if part is not None)
     return num_weights * dtype.itemsize
 
 
