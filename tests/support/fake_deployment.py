@@ -54,7 +54,7 @@ def fake_config(**overrides: Any) -> ServeConfig:
 
 
 def request(prompt: list[int], max_tokens: int, seed: int = 0, name: str = "r", **sampling: Any) -> GenerationRequest:
-    params = SamplingParams(max_tokens=max_tokens, seed=seed, **sampling)
+    params = SamplingParams.model_validate({"max_tokens": max_tokens, "seed": seed} | sampling)
     return GenerationRequest(name, prompt, params)
 
 

@@ -59,7 +59,7 @@ def test_a_result_comes_back() -> None:
 
 @pytest.mark.parametrize(("temperature", "sent"), [(0.0, 0.0), (1e-6, 0.0), (0.5, 0.5)])
 def test_sampling_defaults_are_resolved(temperature: float, sent: float) -> None:
-    message = encode_sampling(SamplingParams(temperature=temperature, top_k=-1, seed=-1))
+    message = encode_sampling(SamplingParams.model_validate({"temperature": temperature, "top_k": -1, "seed": -1}))
     assert message.temperature == sent
     assert (message.top_k, message.top_p, message.repetition_penalty) == (0, 1.0, 1.0)
     assert message.seed == 2**64 - 1
@@ -67,4 +67,4 @@ def test_sampling_defaults_are_resolved(temperature: float, sent: float) -> None
 
 def test_an_unresolved_seed_is_refused() -> None:
     with pytest.raises(ValueError, match="seed"):
-        encode_sampling(SamplingParams())
+        encode_sampling(SamplingParams.model_validate({}))

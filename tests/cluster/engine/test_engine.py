@@ -1,7 +1,9 @@
 """The engine behind its gRPC service, with fake workers that refuse wrong differences."""
 
 import asyncio
+from typing import Any
 
+import grpc.aio
 import pytest
 
 from manta.cluster.engine.client import EngineClient, InvalidRequestError, QueueFullError
@@ -14,6 +16,12 @@ from tests.support.fake_worker_server import FakeWorker, fake_tokens
 
 def prompt_of(index: int, length: int) -> list[int]:
     return [(index * 7 + i * 3) % 1000 for i in range(length)]
+
+
+async def read_to_the_end(call: Any) -> None:
+    """Raises the stream's error; gRPC holds it back until every message before it is read."""
+    while await call.read() is not grpc.aio.EOF:
+        pass
 
 
 @pytest.mark.parametrize(
@@ -234,7 +242,8 @@ def test_a_handle_used_twice_ends_the_stream() -> None:
             submit = pb.Submit(handle=1, prompt_tokens=b"\1\0\0\0", max_tokens=400)
             await call.write(pb.FrontendMessage(submit=submit))
             await call.write(pb.FrontendMessage(submit=submit))
-            assert "handle 1 is in use" in await call.details()
+            with pytest.raises(grpc.aio.AioRpcError, match="handle 1 is in use"):
+                await read_to_the_end(call)
             await until(lambda: deployment.engine.scheduler.num_running == 0, "its requests are aborted")
 
     run(test())
