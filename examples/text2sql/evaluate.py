@@ -106,7 +106,7 @@ def print_report(chosen: list[Example], answers: list[str], right: list[bool], n
     print(f"{'overall':<32} {sum(right) / len(right):6.1%}  ({sum(right)}/{len(right)})")
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base-url", default="http://127.0.0.1:8000/v1")
     parser.add_argument("--model", help="model name to ask for; the server's first one unless given")
@@ -117,11 +117,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--min-accuracy", type=float, default=0.9)
     parser.add_argument("--show-failures", type=int, default=0, metavar="N")
     parser.add_argument("--json", type=Path, help="also write every question, answer and verdict here as JSON lines")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> int:
-    args = parse_args()
+def main(argv: list[str] | None = None) -> int:
+    """Runs the evaluation and returns the exit status."""
+    args = parse_args(argv)
     chosen = held_out_examples(args.seed, args.count)
     prompts = [example.prompt for example in chosen]
     started = time.monotonic()

@@ -113,11 +113,13 @@ def make_example(rng: random.Random, split: str, pattern: Pattern | None = None)
 
 
 def examples(split: str, seed: int, count: int) -> Iterator[Example]:
-    """`count` examples of a split, taking the patterns in turn so that each has its share."""
+    """`count` examples of a split, taking all patterns in turn, each round in a new order."""
     held_out = SPLITS[split][0]
     usable = [pattern for pattern in PATTERNS if not (held_out and pattern.name == "count_in_place")]
     rng = random.Random(f"{split}-{seed}")
     for index in range(count):
+        if index % len(usable) == 0:
+            rng.shuffle(usable)
         yield make_example(rng, split, usable[index % len(usable)])
 
 

@@ -1,8 +1,7 @@
 """What a query pattern is: the SQL of one kind of query and the ways to ask for it.
 
-The patterns are in `selections.py`, `aggregations.py` and `joins.py`. Each is a template; `slots.py` says what each slot
-stands for and how it reads in SQL and in English. `wordings` are for training; `held_out` wordings are used in the
-held-out split and nowhere else.
+The patterns are in `selections.py`, `aggregations.py` and `joins.py`. Each is a template; `slots.py` says what each
+slot stands for. `wordings` are for training; `held_out` ones are used in the held-out split and nowhere else.
 """
 
 from dataclasses import dataclass

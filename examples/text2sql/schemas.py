@@ -1,6 +1,7 @@
 """Table schemas: random ones for training, the hand-written ones for the held-out split, and their SQL text."""
 
 import random
+import string
 from dataclasses import dataclass
 
 import words
@@ -70,18 +71,29 @@ def plural(noun: str) -> str:
 
 
 def random_word(rng: random.Random) -> str:
-    """A pronounceable invented word, so that the model must copy names and cannot recall them."""
+    """An invented lower-case word, so that the model must copy names and cannot recall them."""
     while True:
-        syllables = rng.choice((1, 2, 2, 2))
-        word = "".join(
-            rng.choice(words.ONSETS) + rng.choice(words.VOWELS) + rng.choice(words.CODAS) for _ in range(syllables)
-        )
+        word = spliced_word(rng) if rng.random() < 0.5 else syllable_word(rng)
         if len(word) > 2 and word not in words.RESERVED and not {word, plural(word)} & HELD_OUT_WORDS:
             return word
 
 
+def syllable_word(rng: random.Random) -> str:
+    return "".join(
+        rng.choice(words.ONSETS) + rng.choice(words.VOWELS) + rng.choice(words.CODAS)
+        for _ in range(rng.choice((1, 2, 2, 2)))
+    )
+
+
+def spliced_word(rng: random.Random) -> str:
+    """The head of one English word and the tail of another: the spellings of real names, which syllables lack."""
+    head, tail = rng.choice(words.SPLICED), rng.choice(words.SPLICED)
+    middle = "".join(rng.choices(string.ascii_lowercase, k=rng.randint(1, 3))) if rng.random() < 0.3 else ""
+    return head[: rng.randint(2, 6)] + middle + tail[-rng.randint(2, 6) :]
+
+
 def random_noun(rng: random.Random) -> str:
-    noun = random_word(rng) if rng.random() < 0.4 else rng.choice(words.TABLE_NOUNS)
+    noun = random_word(rng) if rng.random() < 0.5 else rng.choice(words.TABLE_NOUNS)
     if rng.random() < 0.2:
         first = rng.choice(words.MODIFIERS) if rng.random() < 0.6 else random_word(rng)
         return f"{first}_{noun}"
@@ -96,7 +108,7 @@ def random_column(rng: random.Random, kind: str) -> Column:
             else random_word(rng) + rng.choice(("_on", "_at", "_date", "_day", "ed", ""))
         )
         return Column(name, kind)
-    if rng.random() < 0.45:
+    if rng.random() < 0.5:
         name = random_word(rng)
         if rng.random() < 0.3:
             name += "_" + (random_word(rng) if rng.random() < 0.5 else rng.choice(words.TABLE_NOUNS))

@@ -22,6 +22,7 @@ VOCAB_SIZE = 1536
 TOKENIZER_CONVERSATIONS = 10_000
 BATCH_TOKENS = 4096
 SORT_WINDOW = 1024  # conversations sorted by length together, so that a batch has little padding
+LENGTH_STEP = 16
 PROMPT_WEIGHT = 0.1
 WARMUP_STEPS = 100
 PROBES_PER_SPLIT = 106
@@ -62,9 +63,14 @@ def encode(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]]) -
     return ids, weights
 
 
+def padded_length(ids: list[int]) -> int:
+    """The length rounded up: matrix products of few different shapes are planned once and reused."""
+    return -(-len(ids) // LENGTH_STEP) * LENGTH_STEP
+
+
 def pad(batch: list[Encoded], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Right-padded ids and weights, both [batch, length]. Causal attention never looks right, so no mask is needed."""
-    length = max(len(ids) for ids, _ in batch)
+    length = max(padded_length(ids) for ids, _ in batch)
     ids = torch.tensor([ids + [pad_id] * (length - len(ids)) for ids, _ in batch])
     weights = torch.tensor([weights + [0.0] * (length - len(weights)) for _, weights in batch])
     return ids, weights
@@ -78,7 +84,7 @@ def batches(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[tuple[tor
         window.sort(key=lambda encoded: len(encoded[0]))
         groups: list[list[Encoded]] = [[]]
         for encoded in window:
-            if (len(groups[-1]) + 1) * len(encoded[0]) > BATCH_TOKENS:
+            if (len(groups[-1]) + 1) * padded_length(encoded[0]) > BATCH_TOKENS:
                 groups.append([])
             groups[-1].append(encoded)
         rng.shuffle(groups)
@@ -176,7 +182,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--tokens", type=int, default=12_000_000, help="training tokens, padding included")
+    parser.add_argument("--tokens", type=int, default=6_500_000, help="training tokens, padding included")
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)

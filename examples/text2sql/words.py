@@ -81,6 +81,9 @@ br ch cl cr dr fl fr gl gr pl pr sc sh sk sl sp st str th tr tw
 VOWELS = word_list("a e i o u a e i o u ai ea ee io oa ou")
 CODAS = word_list("b ck d f g l ll m n nd ng nt p r rd rm rt s sh sk ss st t th x") + ("",) * 16
 
+# Words to cut up for invented names; those with an underscore would make an odd word.
+SPLICED = tuple(word for word in TABLE_NOUNS + MODIFIERS + NUMBER_WORDS + TEXT_WORDS if "_" not in word)
+
 # Names that SQL keeps for itself. A table may be called `orders`, never `order`.
 RESERVED = frozenset(
     word_list("""
