@@ -9,14 +9,13 @@ after editing here.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numba
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba import extending, njit, types
 
 KINDS: dict[torch.dtype, Any] = {
     torch.bfloat16: np.uint16(0),
@@ -28,6 +27,8 @@ MIN_PARALLEL_WORK = 1 << 17  # multiply-adds, tens of microseconds: less is not 
 
 # Reductions may be reordered and fused multiply-adds used; infinities and NaNs keep their meaning.
 _FASTMATH = {"reassoc", "contract", "nsz", "arcp"}
+# numba's type stubs count the typing context among the caller's arguments
+_intrinsic = cast(Callable[[Callable[..., Any]], Any], extending.intrinsic)
 _FLOAT, _HALF, _I16, _I32 = ir.FloatType(), ir.HalfType(), ir.IntType(16), ir.IntType(32)
 _KIND_TYPES = (types.uint16, types.int16, types.float32)
 
@@ -47,14 +48,14 @@ def jit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
 
 def num_chunks(work: int) -> int:
     """How many threads should share `work` multiply-adds; as many as torch uses, or one."""
-    threads = min(torch.get_num_threads(), int(numba.config.NUMBA_NUM_THREADS))
+    threads = min(torch.get_num_threads(), int(numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
     if threads == 1 or work < MIN_PARALLEL_WORK:
         return 1
     numba.set_num_threads(threads)
     return threads
 
 
-@intrinsic
+@_intrinsic
 def load(typing_context: Any, address: Any, index: Any, kind: Any) -> Any:
     """Element `index` of the tensor at `address` as float32."""
     if kind not in _KIND_TYPES:
@@ -69,7 +70,7 @@ def load(typing_context: Any, address: Any, index: Any, kind: Any) -> Any:
     return types.float32(types.int64, types.int64, kind), codegen
 
 
-@intrinsic
+@_intrinsic
 def store(typing_context: Any, address: Any, index: Any, value: Any, kind: Any) -> Any:
     """Writes float32 `value` to element `index` of the tensor at `address`, rounded to nearest even."""
     if kind not in _KIND_TYPES:
@@ -92,7 +93,7 @@ def store(typing_context: Any, address: Any, index: Any, value: Any, kind: Any) 
     return types.void(types.int64, types.int64, types.float32, kind), codegen
 
 
-@intrinsic
+@_intrinsic
 def load_int32(typing_context: Any, address: Any, index: Any) -> Any:
     """Element `index` of the int32 tensor at `address`, as int64."""
 
@@ -103,7 +104,7 @@ def load_int32(typing_context: Any, address: Any, index: Any) -> Any:
     return types.int64(types.int64, types.int64), codegen
 
 
-@intrinsic
+@_intrinsic
 def load_int64(typing_context: Any, address: Any, index: Any) -> Any:
     """Element `index` of the int64 tensor at `address`."""
 
@@ -113,7 +114,7 @@ def load_int64(typing_context: Any, address: Any, index: Any) -> Any:
     return types.int64(types.int64, types.int64), codegen
 
 
-@intrinsic
+@_intrinsic
 def _power_of_two(typing_context: Any, exponent: Any) -> Any:
     """2 ** exponent as float32, for an int32 exponent in [-126, 127]."""
 

@@ -26,7 +26,7 @@ def make_linear(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tenso
 
 def _pack(weight: Tensor) -> Tensor | None:
     """The weight in oneDNN's layout, tried out on one row; None where torch or the CPU lacks what it takes."""
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return None
     if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return None

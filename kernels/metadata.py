@@ -24,6 +24,12 @@ class AttentionMetadata:
     max_seq_len: int
     block_size: int
 
+    def __post_init__(self) -> None:
+        for name in ("query_start", "seq_lens", "block_tables"):  # kernels read them by address
+            assert getattr(self, name).dtype == torch.int32, f"{name} must be int32"
+        assert self.slot_mapping.dtype == torch.int64, "slot_mapping must be int64"
+        assert self.block_tables.stride(-1) == 1, "rows of block_tables must be contiguous"
+
     @property
     def num_rows(self) -> int:
         return int(self.seq_lens.shape[0])

@@ -189,7 +189,9 @@ def paged_attention(
     """
     _, num_kv_heads, block_size, dim = keys.shape
     num_tokens, width = q.shape
-    assert q.stride(1) == 1 and keys.is_contiguous() and values.is_contiguous()
+    assert q.stride(1) == 1
+    assert keys.is_contiguous()
+    assert values.is_contiguous()
     assert q.dtype == keys.dtype == values.dtype
     out = torch.empty(num_tokens, width, dtype=q.dtype)
     group = width // (num_kv_heads * dim)

@@ -64,7 +64,8 @@ def rope_kv_write(
     """
     num_kv_heads, dim = keys.shape[1], keys.shape[3]
     heads = qkv.view(qkv.shape[0], -1, dim).float()
-    q, k, v = heads.split((heads.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads), dim=1)
+    num_heads = heads.shape[1] - 2 * num_kv_heads
+    q, k, v = heads.tensor_split((num_heads, num_heads + num_kv_heads), dim=1)
     if q_norm is not None:
         q = rms_norm(q, q_norm, eps)
     if k_norm is not None:

@@ -64,7 +64,8 @@ def _add_norm_parallel(
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x: [T, hidden], contiguous; weight: [hidden] of the same dtype. Returns [T, hidden]."""
-    assert x.is_contiguous() and x.dtype == weight.dtype
+    assert x.is_contiguous()
+    assert x.dtype == weight.dtype
     rows, size = x.shape
     out = torch.empty_like(x)
     arguments = (rows, x.data_ptr(), weight.data_ptr(), out.data_ptr(), size, eps, KINDS[x.dtype])
@@ -78,7 +79,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
     """residual += x in place, then the norm of it. x, residual: [T, hidden], contiguous. Returns [T, hidden]."""
-    assert x.is_contiguous() and residual.is_contiguous() and x.dtype == residual.dtype == weight.dtype
+    assert x.is_contiguous()
+    assert residual.is_contiguous()
+    assert x.dtype == residual.dtype == weight.dtype
     rows, size = x.shape
     out = torch.empty_like(x)
     addresses = (x.data_ptr(), residual.data_ptr(), weight.data_ptr(), out.data_ptr())

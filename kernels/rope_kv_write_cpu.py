@@ -99,7 +99,10 @@ def rope_kv_write(
     """
     _, num_kv_heads, block_size, dim = keys.shape
     num_tokens, width = qkv.shape
-    assert qkv.is_contiguous() and keys.is_contiguous() and values.is_contiguous() and cos_sin.is_contiguous()
+    assert qkv.is_contiguous()
+    assert cos_sin.is_contiguous()
+    assert keys.is_contiguous()
+    assert values.is_contiguous()
     assert qkv.dtype == keys.dtype == values.dtype
     arguments = (
         num_tokens, qkv.data_ptr(), cos_sin.data_ptr(), slot_mapping.data_ptr(), keys.data_ptr(), values.data_ptr(),

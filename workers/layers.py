@@ -29,7 +29,7 @@ class _Linear(nn.Module):
         self.bias = _parameter(out_size, dtype=dtype, device=device) if bias else None
 
     def prepare(self) -> None:
-        """Call once, when the weight is loaded. The kernel may keep its own copy; the layer then lets go of this one."""
+        """Call once, when the weight is loaded. The kernel may keep its own copy; the layer lets go of this one."""
         assert self.weight is not None
         self.apply_weight = ops.make_linear(self.weight, self.bias)
         self.weight = None

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 MAX_PENDING_SENDS = 8  # more than the steps in flight between two stages
 
@@ -107,9 +108,9 @@ class Mesh:
                 break
 
 
-def open_store() -> tuple[dist.TCPStore, int]:
+def open_store() -> tuple[TCPStore, int]:
     """Opens the rendezvous store on a free port of this host. Returns it and the port; rank 0 alone does this."""
-    store = dist.TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False)
+    store = TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False)
     return store, int(store.port)
 
 
@@ -121,7 +122,7 @@ def connect_mesh(
     pp_size: int,
     device: torch.device,
     timeout_s: float,
-    store: dist.Store | None = None,
+    store: Store | None = None,
     host: str = "",
     port: int = 0,
 ) -> Mesh:
@@ -136,7 +137,7 @@ def connect_mesh(
     rank = pp_rank * tp_size + tp_rank
     try:
         if store is None:
-            store = dist.TCPStore(host, port, is_master=False, timeout=timeout)
+            store = TCPStore(host, port, is_master=False, timeout=timeout)
         store.set_timeout(timeout)
         tp_group = _group(store, f"tp/{pp_rank}", tp_rank, tp_size, device, timeout)
         hidden_group = _group(store, f"hidden/{tp_rank}", pp_rank, pp_size, device, timeout)
@@ -150,11 +151,11 @@ def connect_mesh(
     return Mesh(tp_rank, tp_size, pp_rank, pp_size, device, tp_group, hidden_group, tokens_group, store)
 
 
-def _group(store: dist.Store, name: str, rank: int, size: int, device: torch.device, timeout: timedelta) -> Any:
+def _group(store: Store, name: str, rank: int, size: int, device: torch.device, timeout: timedelta) -> Any:
     """A process group of its own under `name`; None if this rank would be alone in it."""
     if size == 1:
         return None
-    scope = dist.PrefixStore(name, store)
+    scope = PrefixStore(name, store)
     if device.type != "cuda":
         return dist.ProcessGroupGloo(scope, rank, size, timeout)
     options = dist.ProcessGroupNCCL.Options()

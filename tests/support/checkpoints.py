@@ -64,11 +64,13 @@ def make_model(family: str, *, dtype: torch.dtype = torch.float32, **overrides: 
     model_type, fields = FAMILIES[family]
     config = AutoConfig.for_model(model_type, **{**_ODD, **fields, **overrides})
     torch.manual_seed(7)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
+    build: Any = AutoModelForCausalLM.from_config
+    model: PreTrainedModel = build(config, dtype=dtype, attn_implementation="eager")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(".bias"):
                 parameter.normal_(0.0, 0.3)
             elif parameter.ndim == 1:
                 parameter.uniform_(0.5, 1.5)
-    return model.eval()
+    model.train(False)
+    return model

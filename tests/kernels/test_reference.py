@@ -1,0 +1,59 @@
+"""The oracle itself, against torch's own functions on dense tensors."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from manta.kernels import reference
+from tests.support.paging import PagedSequences
+from tests.support.tolerances import KERNEL, relative_error
+
+TOLERANCE = KERNEL[torch.float32]
+
+
+def test_rms_norm_equals_torch() -> None:
+    x, weight = torch.randn(7, 60), torch.rand(60)
+    assert relative_error(reference.rms_norm(x, weight, 1e-5), F.rms_norm(x, (60,), weight, 1e-5)) < TOLERANCE
+
+
+def test_add_rms_norm_adds_in_place() -> None:
+    x, residual, weight = torch.randn(5, 24), torch.randn(5, 24), torch.rand(24)
+    total = x + residual
+    out = reference.add_rms_norm(x, residual, weight, 1e-5)
+    assert torch.equal(residual, total)
+    assert relative_error(out, F.rms_norm(total, (24,), weight, 1e-5)) < TOLERANCE
+
+
+def test_silu_mul_equals_torch() -> None:
+    gate, up = torch.randn(3, 17), torch.randn(3, 17)
+    assert relative_error(reference.silu_mul(torch.cat((gate, up), dim=1)), F.silu(gate) * up) < TOLERANCE
+
+
+def test_rope_rotates_complex_pairs() -> None:
+    x, angles = torch.randn(9, 2, 20), torch.randn(9, 10)
+    pairs = torch.complex(x[..., :10], x[..., 10:]) * torch.polar(torch.ones_like(angles), angles)[:, None]
+    out = reference.apply_rope(x, torch.cat((angles.cos(), angles.sin()), dim=1))
+    assert relative_error(out, torch.cat((pairs.real, pairs.imag), dim=-1)) < TOLERANCE
+
+
+@pytest.mark.parametrize("window", [None, 1, 5])
+def test_attention_equals_dense_sdpa(window: int | None) -> None:
+    length, num_heads, num_kv_heads, dim = 21, 6, 2, 20
+    sequences = PagedSequences(block_size=8, num_blocks=9)
+    metadata = sequences.step([(0, length)])
+    k, v = torch.randn(length, num_kv_heads, dim), torch.randn(length, num_kv_heads, dim)
+    keys, values = torch.zeros(9, num_kv_heads, 8, dim), torch.zeros(9, num_kv_heads, 8, dim)
+    reference.kv_write(k, v, metadata.slot_mapping, keys, values)
+    q = torch.randn(length, num_heads, dim)
+    seen = torch.ones(length, length, dtype=torch.bool).tril()
+    if window is not None:
+        seen = seen.triu(1 - window)
+    dense = F.scaled_dot_product_attention(
+        q.transpose(0, 1),
+        k.repeat_interleave(3, dim=1).transpose(0, 1),
+        v.repeat_interleave(3, dim=1).transpose(0, 1),
+        attn_mask=seen,
+        scale=0.3,
+    )
+    out = reference.paged_attention(q.flatten(1), keys, values, metadata, 0.3, window)
+    assert relative_error(out, dense.transpose(0, 1).flatten(1)) < TOLERANCE
