@@ -16,10 +16,6 @@ def build_request(submit: pb.Submit, request_id: int, spec: ModelSpec, now_s: fl
     """Raises InvalidSubmitError. A token outside the vocabulary would fault the device and end everybody's epoch."""
     prompt = np.frombuffer(submit.prompt_tokens, "<i4")
     output = np.frombuffer(submit.output_tokens, "<i4")
-    if len(prompt) == 0:
-        raise InvalidSubmitError("the prompt is empty; it needs at least one token")
-    if submit.max_tokens == 0:
-        raise InvalidSubmitError("max_tokens is 0; it must be at least 1")
     _check_tokens(prompt, "the prompt", spec.vocab_size)
     _check_tokens(output, "the resubmitted output", spec.vocab_size)
     stop_token_ids = frozenset(submit.stop_token_ids) | (frozenset() if submit.ignore_eos else set(spec.eos_token_ids))
