@@ -14,14 +14,9 @@ def root_hash(salt: bytes, adapter: str) -> bytes:
     return blake2b(len(salt).to_bytes(8, "little") + salt + adapter.encode(), digest_size=HASH_BYTES).digest()
 
 
-def block_hash(parent: bytes, tokens: bytes) -> bytes:
-    """The hash of a full block; `tokens` are its int32 token ids as bytes."""
-    return blake2b(parent + tokens, digest_size=HASH_BYTES).digest()
-
-
 def extend_chain(hashes: list[bytes], root: bytes, tokens: bytes, block_bytes: int) -> None:
-    """Appends to `hashes` one hash per full block in `tokens`, the blocks that follow those in `hashes`."""
+    """Appends to `hashes` one hash per full block in `tokens` (int32 ids as bytes), which follow those in `hashes`."""
     parent = hashes[-1] if hashes else root
     for start in range(0, len(tokens), block_bytes):
-        parent = block_hash(parent, tokens[start : start + block_bytes])
+        parent = blake2b(parent + tokens[start : start + block_bytes], digest_size=HASH_BYTES).digest()
         hashes.append(parent)

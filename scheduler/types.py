@@ -40,7 +40,7 @@ class Capacity:
     max_num_seqs: int
     max_num_batched_tokens: int
     max_model_len: int
-    num_lanes: int = 1                   # pipeline stages: a sequence runs in every num_lanes-th step at most
+    num_lanes: int = 1                   # pipeline stages: lanes with work take turns, a sequence is in one of them
 
     @property
     def max_in_flight(self) -> int:
