@@ -40,7 +40,7 @@ class ChatCompletions:
         service.validator.check_model(given.get("model"))
         text, add_special_tokens = chat_prompt(service.validator.tokenizer, given)
         ask = Ask(
-            prompts=[text],
+            prompt=text,
             sampling=_sampling(given),
             model=given.get("model"),
             priority=given.get("priority", 0),

@@ -18,7 +18,7 @@ from manta.cluster.doors.openai_call import (
     stream_call,
 )
 from manta.cluster.doors.output import Delta
-from manta.cluster.doors.validate import Ask, Resolved, check_bool, check_prompts
+from manta.cluster.doors.validate import Ask, Resolved, check_bool
 
 
 class Completions:
@@ -32,7 +32,7 @@ class Completions:
         wanted_id = read_request_id(given, header_id)
         echoes = check_bool(given.get("echo", False), "echo")
         ask = Ask(
-            prompts=check_prompts(given.get("prompt")),
+            prompt=given.get("prompt"),
             sampling={name: given[name] for name in fields.SAMPLING & given.keys()},
             model=given.get("model"),
             priority=given.get("priority", 0),
@@ -59,7 +59,7 @@ class Completions:
         decode = self._service.validator.tokenizer.decode
         return [
             prompt if isinstance(prompt, str) and ask.truncate_prompt_tokens is None else decode(token_ids, True)
-            for prompt, token_ids in zip(ask.prompts, resolved.prompts, strict=True)
+            for prompt, token_ids in zip(resolved.sources, resolved.prompts, strict=True)
         ]
 
 

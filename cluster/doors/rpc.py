@@ -13,7 +13,7 @@ from manta.cluster.doors.generation import IndexedDelta
 from manta.cluster.doors.openai_call import Service, Usage
 from manta.cluster.doors.output import Delta
 from manta.cluster.doors.state import answer_in_time, manta_version
-from manta.cluster.doors.validate import Ask, Prompt
+from manta.cluster.doors.validate import Ask
 from manta.cluster.engine.client import EngineError
 from manta.protos import inference_pb2 as pb
 from manta.protos import inference_pb2_grpc as pb_grpc
@@ -139,11 +139,11 @@ async def _generate(service: Service, request: pb.GenerateRequest) -> AsyncGener
 def read_ask(request: pb.GenerateRequest) -> Ask:
     """The request in the validator's words: sampling fields that are not set do not appear."""
     sampling = {
-        descriptor.name: list(value) if descriptor.is_repeated else value
+        descriptor.name: value if isinstance(value, int | float) else list(value)  # repeated fields are containers
         for descriptor, value in request.sampling.ListFields()
     }
     return Ask(
-        prompts=[_prompt(request)],
+        prompt=_prompt(request),
         sampling=sampling,
         model=request.model,
         priority=request.priority,
@@ -151,10 +151,10 @@ def read_ask(request: pb.GenerateRequest) -> Ask:
     )
 
 
-def _prompt(request: pb.GenerateRequest) -> Prompt:
+def _prompt(request: pb.GenerateRequest) -> str | list[int] | None:
     kind = request.WhichOneof("prompt")
     if kind is None:
-        raise RequestError("prompt is required", "prompt", "missing_required_parameter")
+        return None
     return request.text if kind == "text" else list(request.tokens.ids)
 
 

@@ -29,7 +29,7 @@ Prompt = str | list[int]
 class Ask:
     """What a client asked for, in the words of neither door. Values are as the client sent them, unchecked."""
 
-    prompts: list[Prompt]
+    prompt: Any  # a text, token ids, or a list of either
     sampling: Mapping[str, Any]  # only the fields that the client set
     model: Any = None
     priority: Any = 0
@@ -45,7 +45,8 @@ class Ask:
 class Resolved:
     """A call that will run: completion j of prompt i is request i * n + j."""
 
-    prompts: list[list[int]]
+    sources: list[Prompt]  # the prompts as they were given
+    prompts: list[list[int]]  # their token ids
     n: int
     requests: list[GenerationRequest] = field(default_factory=list)
 
@@ -69,13 +70,14 @@ class Validator:
         sampling = self.check_sampling(ask.sampling, ask.fills_context)
         priority = check_int(ask.priority, "priority", -_INT32, _INT32 - 1)
         salt = _check_salt(ask.cache_salt)
-        if len(ask.prompts) * sampling.n > MAX_SEQUENCES:
+        sources = check_prompts(ask.prompt, ask.prompt_param)
+        if len(sources) * sampling.n > MAX_SEQUENCES:
             raise RequestError(
-                f"{len(ask.prompts)} prompts with n={sampling.n} are more than {MAX_SEQUENCES} completions", "n"
+                f"{len(sources)} prompts with n={sampling.n} are more than {MAX_SEQUENCES} completions", "n"
             )
         keep = self._num_tokens_kept(ask.truncate_prompt_tokens, sampling)
-        prompts = await self._encode_all(ask, keep)
-        resolved = Resolved(prompts, sampling.n)
+        prompts = await self._encode_all(sources, keep, ask)
+        resolved = Resolved(sources, prompts, sampling.n)
         for token_ids in prompts:
             fitted = self._fit_context(sampling, len(token_ids), "max_tokens" in ask.sampling, ask)
             seed = self._seeds.getrandbits(63)
@@ -159,10 +161,10 @@ class Validator:
             )
         return max(limit - (sampling.max_tokens or 1), 1) if keep == -1 else keep
 
-    async def _encode_all(self, ask: Ask, keep: int | None) -> list[list[int]]:
+    async def _encode_all(self, sources: list[Prompt], keep: int | None, ask: Ask) -> list[list[int]]:
         add_special_tokens = check_bool(ask.add_special_tokens, "add_special_tokens")
         prompts = []
-        for prompt in ask.prompts:
+        for prompt in sources:
             if isinstance(prompt, str):
                 self._check_characters(prompt, keep, ask.prompt_param)
                 token_ids = await self.encode(prompt, add_special_tokens)
@@ -204,25 +206,25 @@ class Validator:
         return sampling.model_copy(update={"max_tokens": max_tokens})
 
 
-def check_prompts(value: Any) -> list[Prompt]:
-    """The `prompt` of a completions body: a text, token ids, or a list of either. Raises RequestError."""
+def check_prompts(value: Any, param: str) -> list[Prompt]:
+    """One or several prompts: a text, token ids, or a list of either. Raises RequestError."""
     if value is None:
-        raise RequestError("prompt is required", "prompt", "missing_required_parameter")
+        raise RequestError(f"{param} is required", param, "missing_required_parameter")
     if isinstance(value, str):
         return [value]
     if isinstance(value, list) and value:
         if all(type(item) is int for item in value):
             return [value]
         if len(value) > MAX_PROMPTS:
-            message = f"prompt holds {len(value)} prompts; at most {MAX_PROMPTS} are possible in one call"
-            raise RequestError(message, "prompt", "invalid_value")
+            message = f"{param} holds {len(value)} prompts; at most {MAX_PROMPTS} are possible in one call"
+            raise RequestError(message, param, "invalid_value")
         if all(isinstance(item, str) for item in value) or all(isinstance(item, list) for item in value):
             return value
     elif value == []:
-        raise RequestError("prompt must not be empty", "prompt", "invalid_value")
+        raise RequestError(f"{param} must not be empty", param, "invalid_value")
     raise RequestError(
-        "prompt must be a string, a list of strings, a list of token ids or a list of lists of token ids",
-        "prompt",
+        f"{param} must be a string, a list of strings, a list of token ids or a list of lists of token ids",
+        param,
         "invalid_type",
     )
 

@@ -36,6 +36,11 @@ class FakeClient:
         self.is_closed = False
         self._seen_blocks: set[bytes] = set()
 
+    def reset(self) -> None:
+        """As new."""
+        self.__dict__.clear()
+        FakeClient.__init__(self)
+
     def generate(self, request: GenerationRequest) -> AsyncIterator[TokenChunk]:
         return self._generate(request)
 

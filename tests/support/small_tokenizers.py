@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -28,7 +29,7 @@ def byte_level() -> PreTrainedTokenizerFast:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=VOCAB_SIZE, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet)
     tokenizer.train_from_iterator(TEXTS * 3, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    return _wrap(tokenizer, pad_token="<pad>")
 
 
 def byte_fallback() -> PreTrainedTokenizerFast:
@@ -44,7 +45,15 @@ def byte_fallback() -> PreTrainedTokenizerFast:
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    return _wrap(tokenizer, unk_token="<unk>")
+
+
+def _wrap(tokenizer: Tokenizer, **special_tokens: str) -> PreTrainedTokenizerFast:
+    build: Any = PreTrainedTokenizerFast  # has no annotations
+    wrapped: PreTrainedTokenizerFast = build(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", **special_tokens
+    )
+    return wrapped
 
 
 def write_model_folder(folder: Path, chat_template: str | None = CHAT_TEMPLATE, **generation_config: object) -> Path:
