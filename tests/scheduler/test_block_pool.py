@@ -190,3 +190,16 @@ def test_a_write_to_what_others_can_read_goes_to_a_copy(shared: str) -> None:
     copy = pool.writable(table[0], None)
     assert copy != table[0]
     assert pool.writable(copy, None) == copy
+
+
+def test_a_block_found_in_limbo_and_released_again_waits_for_the_later_step() -> None:
+    pool = BlockPool(1)
+    (block,) = pool.take(1)
+    pool.publish(block, b"hash")
+    pool.release([block], until=5)
+    pool.share([block])
+    pool.release([block], until=6)
+    pool.confirm(5)
+    assert pool.num_free == 0
+    pool.confirm(6)
+    assert pool.num_free == 1
