@@ -14,12 +14,12 @@ class AttentionMetadata:
     block block_tables[r, p // block_size] at offset p % block_size.
     """
 
-    query_start: Tensor    # int32 [R + 1]: row r holds tokens query_start[r] : query_start[r + 1]
-    seq_lens: Tensor       # int32 [R]: tokens of the row's sequence whose KV exists after this step's write
-    block_tables: Tensor   # int32 [R, max_blocks], padded with 0
-    slot_mapping: Tensor   # int64 [T]: block * block_size + offset that token t's KV is written to
-    positions: Tensor      # int64 [T]
-    num_decodes: int       # rows 0 : num_decodes have exactly one token
+    query_start: Tensor  # int32 [R + 1]: row r holds tokens query_start[r] : query_start[r + 1]
+    seq_lens: Tensor  # int32 [R]: tokens of the row's sequence whose KV exists after this step's write
+    block_tables: Tensor  # int32 [R, max_blocks], padded with 0
+    slot_mapping: Tensor  # int64 [T]: block * block_size + offset that token t's KV is written to
+    positions: Tensor  # int64 [T]
+    num_decodes: int  # rows 0 : num_decodes have exactly one token
     max_query_len: int
     max_seq_len: int
     block_size: int

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
-MAX_PENDING_SENDS = 8  # more than the steps in flight between two stages
+SPARE_PENDING_SENDS = 8
 
 
 class MeshError(RuntimeError):
@@ -101,11 +101,11 @@ class Mesh:
     def _send(self, group: Any, x: Tensor, to_stage: int) -> None:
         x = x.contiguous()
         self._pending_sends.append((group.send([x], to_stage, 0), x))
-        # Gloo marks a send as complete only in wait(); a send that old is long done, so waiting costs nothing.
-        while self._pending_sends[0][0].is_completed() or len(self._pending_sends) > MAX_PENDING_SENDS:
+        # Gloo marks a send as complete only in wait(). With no more than pp_size + 1 steps in flight, a send as old as
+        # the limit has been received long ago, and waiting for it costs nothing.
+        limit = self.pp_size + SPARE_PENDING_SENDS
+        while self._pending_sends and (len(self._pending_sends) > limit or self._pending_sends[0][0].is_completed()):
             self._pending_sends.popleft()[0].wait()
-            if not self._pending_sends:
-                break
 
 
 def open_store() -> tuple[TCPStore, int]:

