@@ -9,7 +9,7 @@ from manta.cluster.doors.generation import Running
 from manta.cluster.doors.limits import read_limits
 from manta.cluster.doors.openai_call import Service
 from manta.cluster.doors.server import DoorServer
-from manta.cluster.doors.text import load_tokenizer
+from manta.cluster.doors.text import Tokenizer, load_tokenizer
 from manta.cluster.doors.validate import Validator
 from manta.cluster.engine.client import Client, EngineClient
 from manta.configs.schema import ServeConfig
@@ -32,18 +32,25 @@ class Frontend:
 
         Raises TokenizerError, ModelError, PortError or EngineLostError.
         """
-        config = self._config
-        tokenizer = await asyncio.to_thread(load_tokenizer, config)
+        tokenizer = await asyncio.to_thread(load_tokenizer, self._config)
         self._client = await EngineClient.connect(self._engine_address)
-        info = await self._client.info()
+        try:
+            return await self._open(tokenizer, self._client)
+        except BaseException:
+            await self._client.close()
+            raise
+
+    async def _open(self, tokenizer: Tokenizer, client: Client) -> dict[str, int]:
+        config = self._config
+        info = await client.info()
         limits = await asyncio.to_thread(read_limits, config, info.max_model_len)
         # Several frontends must not draw the same seeds.
         seeds = random.Random(config.seed if config.api_server_count == 1 else f"{config.seed}:{os.getpid()}")
         service = Service(
-            client=self._client,
+            client=client,
             config=config,
             validator=Validator(limits, tokenizer, seeds),
-            running=Running(self._client, tokenizer),
+            running=Running(client, tokenizer),
             started_s=time.time(),
         )
         self._server = DoorServer(service)

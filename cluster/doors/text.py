@@ -54,11 +54,8 @@ class Tokenizer:
             self._backend.no_truncation()
             self._backend.no_padding()
         self._token_bytes: dict[bool, TokenBytes] = {}
-
-    @cached_property
-    def vocab_size(self) -> int:
-        """Token ids the tokenizer knows, added ones included; the model's embedding may be larger."""
-        return len(self.hf)
+        # The longest token as the vocabulary writes it. Here, not on first use: a large vocabulary takes 0.1 s.
+        self.max_token_characters: int = max(len(token) for token in hf_tokenizer.get_vocab())
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
@@ -71,11 +68,6 @@ class Tokenizer:
     def is_byte_level(self) -> bool:
         """Every token is a fixed run of bytes (GPT-2, Llama 3, Qwen), so that decoding is concatenation."""
         return self._backend is not None and type(self._backend.decoder).__name__ == "ByteLevel"
-
-    @cached_property
-    def max_token_characters(self) -> int:
-        """Length of the longest token's text as it is written in the vocabulary."""
-        return max(len(token) for token in self.hf.get_vocab())
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         if self._backend is not None:
