@@ -84,3 +84,56 @@ def test_a_preempted_sequence_finds_its_own_blocks_again() -> None:
         assert deployment.scheduler.counters.num_preemptions == 1
         computed.append(deployment.workers[0].num_computed_tokens)
     assert computed[1] <= computed[0] - 8  # two blocks at least were still there
+
+
+def held_in_lane_0(prompts: list[int]) -> Deployment:
+    """Two lanes of two sequences. Request 0 was held: the one block there is came out of limbo after its lane's turn,
+    and it is lane 1's turn now."""
+    deployment = Deployment(capacity(num_lanes=2, max_num_seqs=8, num_blocks=8, block_size=4))
+    for id, prompt in enumerate(prompts):
+        deployment.add(request(id, prompt, max_tokens=8))
+    deployment.send()
+    deployment.send()
+    deployment.deliver()
+    scheduler = deployment.scheduler
+    pool = scheduler._replicas[0].pool
+    others = pool.take(4)  # the rest of the pool belongs to somebody
+    pool.release(others[:1], until=2)
+    plan = scheduler.plan()
+    assert plan is not None
+    assert (plan.lane, plan.num_decodes, len(plan.holds)) == (0, 1, 1)
+    scheduler.apply(deployment.workers[0].deliver())
+    assert (pool.num_free, pool.num_limbo) == (1, 0)
+    return deployment
+
+
+def test_who_was_held_is_served_before_the_younger_of_another_lane() -> None:
+    deployment = held_in_lane_0([4, 1, 4, 1])  # request 2, in lane 1, needs a block too
+    slot = deployment.scheduler.snapshot().sequences[0].slot
+    plan = deployment.scheduler.plan()
+    assert plan is not None
+    assert (plan.lane, [grown for grown, _ in plan.grow]) == (0, [slot])
+    assert places(deployment) == ([0, 1, 2], [3])  # 3 made room for 2, which waits for its block
+
+
+def test_nobody_is_admitted_while_someone_is_held() -> None:
+    deployment = held_in_lane_0([4, 1, 1, 1])
+    deployment.add(request(4, 1))
+    plan = deployment.scheduler.plan()
+    assert plan is not None
+    assert (plan.lane, plan.adds) == (1, [])
+
+
+def test_limbo_is_not_promised_twice() -> None:
+    deployment = Deployment(capacity(num_blocks=5, block_size=4, num_lanes=2, max_num_batched_tokens=32))
+    for id in range(3):
+        deployment.add(request(id, 4, max_tokens=8))
+    deployment.send()  # requests 0 and 1
+    deployment.send()  # request 2
+    deployment.deliver()
+    pool = deployment.scheduler._replicas[0].pool
+    pool.release(pool.take(2)[:1], until=2)
+    deployment.scheduler.plan()
+    # One block will come for the two that need one: it is request 0's, and request 2 makes room for request 1.
+    assert places(deployment) == ([0, 1], [2])
+    assert pool.num_limbo == 2
