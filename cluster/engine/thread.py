@@ -39,11 +39,15 @@ class EngineThread:
             raise
 
     def submit(self, submits: list[pb.Submit]) -> None:
-        """Handles must be new."""
+        """Handles must be new. Raises EngineLostError once the engine has been closed."""
+        if self._loop.is_closed():
+            raise EngineLostError("the engine was closed")
         self._loop.call_soon_threadsafe(self._submit, submits)
 
     def abort(self, handles: list[int]) -> None:
-        self._loop.call_soon_threadsafe(self._abort, handles)
+        """Handles that have ended are ignored; closing ends them all."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._abort, handles)
 
     def next_message(self) -> pb.EngineMessage:
         """Waits for news of any request. Raises EngineLostError once the engine has been closed."""

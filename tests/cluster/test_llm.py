@@ -98,7 +98,8 @@ def test_every_form_of_a_prompt(llm: LLM) -> None:
     forms: list[Any] = [text, [text], ids, [ids], {"prompt": text}, [{"prompt_token_ids": ids}]]
     completions = [llm.generate(form, params())[0].outputs[0] for form in forms]
     assert all(completion == completions[0] for completion in completions)
-    assert len(llm.generate([[1, 2], [3], text], params(max_tokens=1))) == 3
+    mixed: list[Any] = [[1, 2], [3], text]
+    assert len(llm.generate(mixed, params(max_tokens=1))) == 3
     assert llm.generate([], params()) == []
 
 
