@@ -43,3 +43,12 @@ class Launcher(Protocol):
 def cores_per_worker(num_cores: int, num_workers: int) -> int:
     """Threads each CPU worker may use: more threads than cores make every layer many times slower."""
     return max(1, num_cores // max(1, num_workers))
+
+
+def cpu_worker_env(num_threads: int) -> dict[str, str]:
+    """Environment of a worker that computes on the CPU; OpenMP reads it when torch is loaded.
+
+    Threads that wait must sleep rather than spin: on a host with other work (a browser is enough) a spinning barrier
+    burns the time slice the last thread needs, and a step that takes 7 ms took 150 ms.
+    """
+    return {"OMP_NUM_THREADS": str(num_threads), "OMP_WAIT_POLICY": "PASSIVE"}

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from manta.cluster.launch.launcher import FrontendAddress, LaunchError, cores_per_worker
+from manta.cluster.launch.launcher import FrontendAddress, LaunchError, cores_per_worker, cpu_worker_env
 from manta.cluster.launch.process import ChildProcess
 from manta.configs.schema import ServeConfig
 
@@ -31,9 +31,9 @@ class LocalLauncher:
         if config.device == "cuda" and num_gpus < num_workers:
             raise LaunchError(f"{num_workers} GPUs are needed and this host has {num_gpus}; lower the parallel sizes")
         use_gpus = num_gpus >= num_workers
-        threads = cores_per_worker(os.cpu_count() or 1, num_workers)
+        cpu_env = cpu_worker_env(cores_per_worker(os.cpu_count() or 1, num_workers))
         for rank in range(num_workers):
-            env = {"OMP_NUM_THREADS": str(threads)} | ({"CUDA_VISIBLE_DEVICES": str(rank)} if use_gpus else {})
+            env = {"CUDA_VISIBLE_DEVICES": str(rank)} if use_gpus else cpu_env
             self._workers.append(ChildProcess(f"worker {rank}", "manta.workers.main", ["--port", "0", *_parent()], env))
         addresses = [worker.wait_for_address(_SPAWN_TIMEOUT_S) for worker in self._workers]
         ranks = config.num_ranks

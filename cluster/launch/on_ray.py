@@ -11,7 +11,7 @@ from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from manta.cluster.launch.actors import FrontendActor, SchedulerActor, WorkerActor
-from manta.cluster.launch.launcher import FrontendAddress, LaunchError, cores_per_worker
+from manta.cluster.launch.launcher import FrontendAddress, LaunchError, cores_per_worker, cpu_worker_env
 from manta.configs.schema import ServeConfig
 
 _ACTOR_TIMEOUT_S = 120.0
@@ -144,7 +144,7 @@ def _worker_needs(config: ServeConfig) -> tuple[dict[str, float], dict[str, str]
     num_nodes = len([node for node in ray.nodes() if node["Alive"]])
     threads = cores_per_worker(int(num_cpus) // num_nodes, -(-num_workers // num_nodes))
     # More CPU workers than cores is slow but right, so they share cores rather than wait for nodes that never come.
-    return {"CPU": min(1.0, int(1000 * num_cpus / num_workers) / 1000)}, {"OMP_NUM_THREADS": str(threads)}
+    return {"CPU": min(1.0, int(1000 * num_cpus / num_workers) / 1000)}, cpu_worker_env(threads)
 
 
 def _here() -> NodeAffinitySchedulingStrategy:
