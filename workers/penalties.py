@@ -50,11 +50,13 @@ def apply_penalties(logits: Tensor, table: SamplingTable, tokens: TokenTable, sl
     place = torch.arange(length, device=logits.device)
     exists = place < ends[:, None]
     is_output = exists & (place >= prompts[:, None])
+    # Behind a sequence's end stands its first token once more: a token is penalised once, however often it comes.
+    history = torch.where(exists, history, history[:, :1])
 
-    x = logits[row_index]  # [P, vocab]
-    num_seen = torch.zeros_like(x).scatter_add_(1, history, exists.to(x.dtype))
-    num_output = torch.zeros_like(x).scatter_add_(1, history, is_output.to(x.dtype))
-    x = torch.where(num_seen > 0, torch.where(x > 0, x / repetition[:, None], x * repetition[:, None]), x)
-    x -= frequency[:, None] * num_output
-    x -= presence[:, None] * (num_output > 0)
-    logits[row_index] = x
+    num_output = logits.new_zeros(rows.size, logits.shape[1])
+    num_output.scatter_add_(1, history, is_output.to(logits.dtype))
+    count = num_output.gather(1, history)
+    x = logits[row_index[:, None], history]
+    x = torch.where(x > 0, x / repetition[:, None], x * repetition[:, None])
+    x -= frequency[:, None] * count + presence[:, None] * (count > 0)
+    logits[row_index[:, None], history] = x

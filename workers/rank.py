@@ -151,8 +151,11 @@ def _check(config: ServeConfig, placement: Placement) -> None:
 
 def _weight_bytes(spec: ModelSpec, mesh: Mesh, dtype: torch.dtype) -> int:
     """Of this rank's parts of the checkpoint; kernels may pack them into a little more."""
-    parts = (weight_slice(spec, mesh, name) for name in weight_names(spec))
-    num_weights: int = sum(math.prod(axis.stop - axis.start for axis in part.source) for part in parts if part is not None)
+    num_weights = 0
+    for name in weight_names(spec):
+        part = weight_slice(spec, mesh, name)
+        if part is not None:
+            num_weights += math.prod(axis.stop - axis.start for axis in part.source)
     return num_weights * dtype.itemsize
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from manta.workers.columns import Ints
-from manta.workers.cutoffs import min_p_cutoff, top_k_cutoff, top_p_cutoff
 from manta.workers.draws import uniform
+from manta.workers.filters import drop_below, top_k_cutoff, top_p_cutoff
 from manta.workers.penalties import apply_penalties, mask_stop_tokens
 from manta.workers.sampling_table import SamplingTable
 from manta.workers.token_table import TokenTable
@@ -43,46 +43,36 @@ class Sampler:
         tokens[index] = self._draw(logits[index], slots[rows], positions[rows])
         return tokens
 
-    def _draw(self, x: Tensor, slots: Ints, positions: Ints) -> Tensor:
+    def _draw(self, logits: Tensor, slots: Ints, positions: Ints) -> Tensor:
         """Token ids int64 [R] of the rows that do not take the best token."""
         draws = uniform(self._table.seed[slots], positions)
-        temperature, draw = upload([self._table.temperature[slots].astype(np.float64), draws], x.device)
-        x = x / temperature.to(torch.float32)[:, None]
-        cutoff = self._cutoff(x, slots)
-        weights = torch.exp(x - x.amax(dim=-1, keepdim=True))
-        if cutoff is not None:
-            weights = torch.where(x >= cutoff[:, None], weights, 0.0)
+        temperature, draw = upload([self._table.temperature[slots].astype(np.float64), draws], logits.device)
+        x = logits / temperature.to(torch.float32)[:, None]
+        weights = x.sub_(x.amax(dim=-1, keepdim=True)).exp_()
+        self._filter(weights, slots)
         # Inverse of the cumulative distribution, in the order of token ids: the first token whose cumulative weight
         # exceeds the draw. Such a token has a weight above 0. The clamp is for rows of NaN, whose index would be no
         # token and would take the whole device down.
         cumulative = torch.cumsum(weights, dim=-1, dtype=torch.float64)
         target = draw[:, None] * cumulative[:, -1:]
-        return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp_(max=x.shape[1] - 1)
+        return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp_(max=weights.shape[1] - 1)
 
-    def _cutoff(self, x: Tensor, slots: Ints) -> Tensor | None:
-        """The scaled logit below which a row's tokens are out, float32 [R]; None if every row keeps all."""
-        table = self._table
-        min_p, top_p, top_k = table.min_p[slots], table.top_p[slots], table.top_k[slots]
-        cutoff: Tensor | None = None
-        if min_p.any():
-            cutoff = min_p_cutoff(x, upload([min_p], x.device)[0])
+    def _filter(self, weights: Tensor, slots: Ints) -> None:
+        """Sets the weights float32 [R, vocab] of tokens that may not be drawn to 0, in place."""
+        table, device = self._table, weights.device
+        min_p, top_k, top_p = table.min_p[slots], table.top_k[slots], table.top_p[slots]
         rows = np.flatnonzero(top_k)
-        if rows.size:
-            index, k = upload([rows, top_k[rows]], x.device)
-            cutoff = self._raised(cutoff, x, index, top_k_cutoff(x[index], k, int(top_k.max())))
+        if min_p.any() or rows.size:
+            # Nguyen et al., "Min-p sampling" (2024): relative to the best token, whose weight is 1.
+            cutoff = upload([min_p], device)[0].clone()
+            if rows.size:
+                index, k = upload([rows, top_k[rows]], device)
+                kth = top_k_cutoff(weights[index], k, int(top_k.max()))
+                cutoff[index] = torch.maximum(cutoff[index], kth)
+            drop_below(weights, cutoff)
         rows = np.flatnonzero(top_p < 1.0)
         if rows.size:
-            (index,) = upload([rows], x.device)
-            kept = x[index]
-            if cutoff is not None:
-                kept = torch.where(kept >= cutoff[index, None], kept, -torch.inf)
-            cutoff = self._raised(cutoff, x, index, top_p_cutoff(kept, upload([top_p[rows]], x.device)[0]))
-        return cutoff
-
-    @staticmethod
-    def _raised(cutoff: Tensor | None, x: Tensor, index: Tensor, values: Tensor) -> Tensor:
-        """`cutoff` [R] raised to at least `values` in the rows `index`."""
-        if cutoff is None:
-            cutoff = x.new_full((x.shape[0],), -torch.inf)
-        cutoff[index] = torch.maximum(cutoff[index], values)
-        return cutoff
+            (index,) = upload([rows], device)
+            cutoff = weights.new_zeros(slots.size)
+            cutoff[index] = top_p_cutoff(weights[index], upload([top_p[rows]], device)[0])
+            drop_below(weights, cutoff)

@@ -23,7 +23,7 @@ DEADLINE_S = 120.0
 
 def tiny_config(folder: Path, **overrides: Any) -> ServeConfig:
     """Small limits, float32, CPU."""
-    fields = {
+    fields: dict[str, Any] = {
         "model": str(folder), "dtype": "float32", "device": "cpu", "block_size": 8, "max_model_len": 128,
         "max_num_seqs": 8, "max_num_batched_tokens": 64, "num_gpu_blocks_override": 100,
     }  # fmt: skip
@@ -78,17 +78,22 @@ class WorkerClient:
         self._streams: list[RunStream] = []
 
     def describe(self, open_rendezvous: bool = False) -> pb.DescribeResponse:
-        return self.stub.Describe(pb.DescribeRequest(open_rendezvous=open_rendezvous), timeout=DEADLINE_S)
+        response: pb.DescribeResponse = self.stub.Describe(
+            pb.DescribeRequest(open_rendezvous=open_rendezvous), timeout=DEADLINE_S
+        )
+        return response
 
     def load(self, config: ServeConfig, **fields: Any) -> pb.LoadResponse:
-        return self.load_future(config, **fields).result()
+        response: pb.LoadResponse = self.load_future(config, **fields).result()
+        return response
 
     def load_future(self, config: ServeConfig, **fields: Any) -> Any:
         fields = {"num_workers_on_host": 2} | fields
         return self.stub.Load.future(pb.LoadRequest(config_json=config.model_dump_json(), **fields), timeout=DEADLINE_S)
 
     def start(self, num_blocks: int = 100) -> pb.StartResponse:
-        return self.stub.Start(pb.StartRequest(num_blocks=num_blocks), timeout=DEADLINE_S)
+        response: pb.StartResponse = self.stub.Start(pb.StartRequest(num_blocks=num_blocks), timeout=DEADLINE_S)
+        return response
 
     def run(self) -> RunStream:
         self._streams.append(RunStream(self.stub))

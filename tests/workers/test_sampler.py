@@ -10,6 +10,7 @@ from torch import Tensor
 
 from manta.protos.sampling_pb2 import Sampling
 from manta.workers.draws import uniform
+from manta.workers.filters import top_p_cutoff
 from manta.workers.sampler import Sampler
 from manta.workers.sampling_table import SamplingTable
 from manta.workers.token_table import TokenTable
@@ -145,11 +146,16 @@ def test_presence_and_frequency_count_the_output_alone(presence: float, frequenc
 def test_top_p_over_a_vocabulary_larger_than_its_candidates(top_p: float, scale: float) -> None:
     vocab_size = 6000
     logits = torch.randn(4, vocab_size, generator=torch.Generator().manual_seed(6)) * scale
-    rig = Rig([([1], [], {"top_p": top_p, "seed": row}) for row in range(4)], vocab_size)
-    kept = torch.stack([processed({"top_p": top_p}, row, ([1], [])) for row in logits]) > -torch.inf
-    cutoff = rig.sampler._cutoff(logits, np.arange(4))
+    kept = top_p_kept(logits, top_p)
+    expected = torch.stack([processed({"top_p": top_p}, row, ([1], [])) for row in logits]) > -torch.inf
     # transformers sums in float32: the token on the edge of top_p may fall on either side
-    assert ((logits >= cutoff[:, None]) != kept).sum(dim=-1).max() <= 1
+    assert (kept != expected).sum(dim=-1).max() <= 1
+    assert torch.equal(kept[2:3], top_p_kept(logits[2:3], top_p))
+
+
+def top_p_kept(logits: Tensor, top_p: float) -> Tensor:
+    weights = torch.exp(logits - logits.amax(dim=-1, keepdim=True))
+    return weights >= top_p_cutoff(weights, torch.full((logits.shape[0],), top_p))[:, None]
 
 
 def test_ties_with_the_last_token_stay() -> None:
