@@ -163,11 +163,8 @@ class Engine:
         try:
             await loop.run(on_epoch_end=self._wake)
         except Exception as error:
-            # A bug: what the scheduler holds cannot be trusted any more, and no request may hang for it.
             logger.exception("the step loop of replica %d failed", loop.index)
-            for other in self._loops:
-                other.lost_reason = other.lost_reason or f"internal error: {error!r}"
-            self._publisher.fail_all(f"internal error: {error!r}")
+            self._give_up(f"internal error: {error!r}")
             return
         reason = str(loop.lost_reason)
         logger.error("replica %d is lost: %s", loop.index, reason)
@@ -177,6 +174,15 @@ class Engine:
             for request_id in self._publisher.open_request_ids():
                 self.scheduler.abort(request_id)
             self._publisher.fail_all(f"no replica is left: {reason}")
+
+    def _give_up(self, reason: str) -> None:
+        """After a bug nothing that the scheduler holds can be trusted, and no request may hang for it."""
+        for loop in self._loops:
+            loop.lost_reason = loop.lost_reason or reason
+        for task in self._tasks:
+            if task is not asyncio.current_task():
+                task.cancel()
+        self._publisher.fail_all(reason)
 
     def _refusal(self) -> pb.Refused | None:
         if self._draining:

@@ -117,26 +117,25 @@ class ReplicaLoop:
         while True:
             await self._wake.wait()
             self._wake.clear()
-            start_s = time.perf_counter()
+            cpu_start_s = time.thread_time()
             while (plan := self._scheduler.plan(self.index)) is not None:
                 message = encode_plan(plan)
+                cpu_s = time.thread_time() - cpu_start_s
                 sent_s = time.perf_counter()
-                self._in_flight.append(
-                    _SentStep(plan.step, plan.num_tokens, sent_s, sent_s - start_s, follows_work=self._had_work)
-                )
+                self._in_flight.append(_SentStep(plan.step, plan.num_tokens, sent_s, cpu_s, self._had_work))
                 self._had_work = True
                 self.metrics.plan_bytes.observe(len(message))
                 await streams.send(message)
                 if plan.adds:  # requests that started
                     self._publish(self._scheduler.take_events(), self.index)
-                start_s = time.perf_counter()
+                cpu_start_s = time.thread_time()
             if not self._in_flight:
                 self._had_work = False
 
     async def _receive_results(self, streams: EpochStreams) -> None:
         while True:
             reply = await streams.receive()
-            now_s = time.perf_counter()
+            now_s, cpu_start_s = time.perf_counter(), time.thread_time()
             try:
                 events = self._scheduler.apply(reply.result, self.index)
             except WrongResultError as error:
@@ -146,6 +145,7 @@ class ReplicaLoop:
             self._wake.set()
             self._publish(events, self.index)
             self._num_steps += 1
+            sent.cpu_s += time.thread_time() - cpu_start_s
             self._record(sent, reply, now_s)
 
     def _record(self, sent: _SentStep, reply: Reply, now_s: float) -> None:
@@ -153,7 +153,7 @@ class ReplicaLoop:
         metrics.step_s.observe(now_s - max(sent.sent_s, self._last_reply_s))
         metrics.dispatch_latency_s.observe(max(now_s - sent.sent_s - (reply.device_us + reply.queue_us) * 1e-6, 0.0))
         metrics.observe_device(reply.device_us, reply.idle_us if sent.follows_work else 0)
-        metrics.scheduler_cpu_s.observe(sent.cpu_s + time.perf_counter() - now_s)
+        metrics.scheduler_cpu_s.observe(sent.cpu_s)
         self._last_reply_s = now_s
 
     async def _watch_deadline(self) -> None:

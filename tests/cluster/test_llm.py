@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -173,6 +174,23 @@ def test_what_cannot_run_is_a_value_error_and_harms_nothing(llm: LLM) -> None:
         llm.generate([[VOCAB_SIZE], [1], [2]], params(max_tokens=100))
     (output,) = llm.generate([[1]], params())
     assert len(output.outputs[0].token_ids) == 12
+
+
+def test_an_interrupted_batch_is_given_up(llm: LLM) -> None:
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate([[i % VOCAB_SIZE] for i in range(1000)], params(max_tokens=400))
+    finally:
+        signal.signal(signal.SIGALRM, previous)
+    (output,) = llm.generate([[1]], params())
+    assert len(output.outputs[0].token_ids) == 12
+    gauge = next(line for line in llm.metrics_text().splitlines() if line.startswith(b"vllm:num_requests_running{"))
+    assert gauge.endswith(b" 0.0")
 
 
 def test_generation_stops_at_the_context(llm: LLM) -> None:

@@ -6,7 +6,8 @@ from typing import Any
 import grpc.aio
 import pytest
 
-from manta.cluster.engine.client import EngineClient, InvalidRequestError, QueueFullError
+from manta.cluster.engine.client import EngineClient, EngineLostError, InvalidRequestError, QueueFullError
+from manta.cluster.engine.in_process import InProcessClient
 from manta.cluster.engine.types import DrainingError
 from manta.protos import engine_pb2 as pb
 from manta.protos import sampling_pb2, worker_pb2
@@ -245,5 +246,28 @@ def test_a_handle_used_twice_ends_the_stream() -> None:
             with pytest.raises(grpc.aio.AioRpcError, match="handle 1 is in use"):
                 await read_to_the_end(call)
             await until(lambda: deployment.engine.scheduler.num_running == 0, "its requests are aborted")
+
+    run(test())
+
+
+def test_the_client_in_the_engines_own_process_does_the_same() -> None:
+    async def test() -> None:
+        async with fake_deployment(make_worker=lambda: FakeWorker(step_s=0.005)) as deployment:
+            client = InProcessClient(deployment.engine)
+            results = await asyncio.gather(*(collect(client.generate(request([i], 9, seed=i))) for i in range(20)))
+            assert [tokens for tokens, _ in results] == [fake_tokens([i], 9, seed=i) for i in range(20)]
+            with pytest.raises(InvalidRequestError):
+                await collect(client.generate(request([], 1)))
+            assert (await client.info()).num_blocks == 256
+            assert (await client.block_tables()).num_free_blocks == 256
+            assert (await client.load()).healthy
+            assert b"vllm:" in await client.metrics()
+            long = asyncio.create_task(collect(client.generate(request([1], 400))))
+            await until(lambda: deployment.engine.scheduler.num_running == 1, "it runs")
+            await client.close()
+            with pytest.raises(EngineLostError):
+                await long
+            await deployment.settled()
+            assert await deployment.client.drain(1.0)
 
     run(test())

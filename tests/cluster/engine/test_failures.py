@@ -130,6 +130,26 @@ def test_a_wrong_answer_ends_the_epoch() -> None:
     run(test())
 
 
+def test_a_bug_in_the_scheduler_hangs_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test() -> None:
+        config = fake_config(data_parallel_size=2, max_num_seqs=2)
+        async with fake_deployment(config, make_worker=lambda: FakeWorker(step_s=0.005)) as deployment:
+            running = [asyncio.create_task(collect(deployment.client.generate(request([i], 400)))) for i in range(6)]
+            await until(lambda: deployment.engine.scheduler.num_running == 4, "both replicas run")
+
+            def broken(*args: object) -> None:
+                raise KeyError("lost")
+
+            monkeypatch.setattr(deployment.engine.scheduler, "apply", broken)
+            for _, last in await asyncio.gather(*running):
+                assert (last.finish_reason, last.error) == ("error", "internal error: KeyError('lost')")
+            with pytest.raises(UnavailableError, match="internal error"):
+                await collect(deployment.client.generate(request([1], 1)))
+            assert not (await deployment.client.load()).healthy
+
+    run(test())
+
+
 def test_a_frontend_that_does_not_read_is_cut_off() -> None:
     async def test() -> None:
         async with fake_deployment(max_pending_bytes=24) as deployment:  # two tokens
