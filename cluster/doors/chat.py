@@ -76,14 +76,14 @@ def chat_prompt(tokenizer: Tokenizer, given: dict[str, Any]) -> tuple[str, bool]
     adds_prompt = check_bool(given.get("add_generation_prompt", not continues), "add_generation_prompt")
     if continues and adds_prompt:
         message = "continue_final_message and add_generation_prompt exclude each other; set one of them to false"
-        raise RequestError(message, "continue_final_message", "invalid_value")
+        raise RequestError(message, "continue_final_message")
     kwargs = given.get("chat_template_kwargs", {})
     if not isinstance(kwargs, dict):
         message = f"chat_template_kwargs must be an object, not {shown(kwargs)}"
         raise RequestError(message, "chat_template_kwargs", "invalid_type")
     for name in _RESERVED_KWARGS & kwargs.keys():
         message = f"chat_template_kwargs must not hold {name!r}"
-        raise RequestError(message, f"chat_template_kwargs.{name}", "invalid_value")
+        raise RequestError(message, f"chat_template_kwargs.{name}")
     text = render_chat(tokenizer, messages, adds_prompt, continues, kwargs)
     adds_special = given.get("add_special_tokens", tokenizer.chat_template is None)
     return text, check_bool(adds_special, "add_special_tokens")

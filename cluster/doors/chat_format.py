@@ -33,10 +33,10 @@ def render_chat(
             **template_kwargs,
         )
     except TemplateError as error:
-        raise RequestError(f"messages do not fit the model's chat template: {error}", "messages", "invalid_value")
+        raise RequestError(f"messages do not fit the model's chat template: {error}", "messages")
     except (TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise RequestError(f"the model's chat template fails on these messages: {reason}", "messages", "invalid_value")
+        raise RequestError(f"the model's chat template fails on these messages: {reason}", "messages")
     return str(text)
 
 
@@ -54,7 +54,7 @@ def check_messages(value: Any) -> list[dict[str, Any]]:
     if not isinstance(value, list):
         raise RequestError("messages must be a list of objects", "messages", "invalid_type")
     if not value:
-        raise RequestError("messages must hold at least one message", "messages", "invalid_value")
+        raise RequestError("messages must hold at least one message", "messages")
     return [_check_message(message, f"messages[{index}]") for index, message in enumerate(value)]
 
 

@@ -49,7 +49,7 @@ class RequestError(Exception):
         self,
         message: str,
         param: str | None = None,
-        code: str | None = None,
+        code: str = "invalid_value",
         kind: Kind = Kind.INVALID,
         retry_after_s: float | None = None,
     ) -> None:

@@ -11,6 +11,10 @@ from manta.cluster.doors.text import Tokenizer
 from manta.cluster.doors.validate import Resolved
 from manta.cluster.engine.client import Client, EngineError, TokenChunk
 
+# From so many prompt tokens on, completions 1 to n-1 of a prompt start when completion 0 has its first token: they find
+# the prompt in the prefix cache instead of all computing it side by side. It costs them one step.
+SHARED_PROMPT_TOKENS = 64
+
 IndexedDelta = tuple[int, Delta]  # the number of the completion within the call, and what is new of it
 
 
@@ -23,10 +27,13 @@ class Call:
         self._resolved = resolved
         self._aborted = False
         self._waiting: set[asyncio.Task[object]] = set()  # tasks that wait for tokens right now
+        self._prompt_computed = [asyncio.Event() for _ in resolved.prompts]
 
     def abort(self) -> None:
         """Ends all completions with finish_reason "abort"."""
         self._aborted = True
+        for event in self._prompt_computed:
+            event.set()
         for task in self._waiting:
             task.cancel()
 
@@ -40,12 +47,18 @@ class Call:
 
     async def _deltas_of(self, index: int) -> AsyncGenerator[IndexedDelta, None]:
         request = self._resolved.requests[index]
-        output = OutputText(self._tokenizer, request.sampling, self._resolved.prompts[index // self._resolved.n])
+        prompt_index, completion = divmod(index, self._resolved.n)
+        prompt = self._resolved.prompts[prompt_index]
+        if completion > 0 and len(prompt) >= SHARED_PROMPT_TOKENS:
+            await self._prompt_computed[prompt_index].wait()
+        output = OutputText(self._tokenizer, request.sampling, prompt)
         stream = cast(AsyncGenerator[TokenChunk, None], self._client.generate(request))
         async with contextlib.aclosing(stream) as chunks:
             while True:
                 chunk = await self._next(chunks)
                 delta = output.abort() if chunk is None else output.push(chunk)
+                if completion == 0:
+                    self._prompt_computed[prompt_index].set()
                 yield index, delta
                 if delta.finish_reason is not None:
                     return

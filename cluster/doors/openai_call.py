@@ -57,7 +57,7 @@ def read_options(fields: dict[str, Any]) -> Options:
     if wanted is None:
         wanted = {}
     elif not stream:
-        raise RequestError("stream_options needs stream=true", "stream_options", "invalid_value")
+        raise RequestError("stream_options needs stream=true", "stream_options")
     if not isinstance(wanted, dict):
         raise RequestError(f"stream_options must be an object, not {shown(wanted)}", "stream_options", "invalid_type")
     for name in wanted.keys() - _STREAM_OPTIONS - _IGNORED_STREAM_OPTIONS:
@@ -74,7 +74,7 @@ def read_request_id(fields: dict[str, Any], header: str) -> str:
     wanted = fields.get("request_id", header)
     if not isinstance(wanted, str) or not is_request_id(wanted):
         message = "request_id must be up to 128 printable ASCII characters without spaces"
-        raise RequestError(message, "request_id", "invalid_value")
+        raise RequestError(message, "request_id")
     return wanted
 
 

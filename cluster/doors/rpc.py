@@ -121,9 +121,9 @@ async def _generate(service: Service, request: pb.GenerateRequest) -> AsyncGener
     request_id = request.request_id or uuid.uuid4().hex
     if not is_request_id(request_id):
         message = "request_id must be up to 128 printable ASCII characters without spaces"
-        raise RequestError(message, "request_id", "invalid_value")
+        raise RequestError(message, "request_id")
     if request.output not in pb.GenerateRequest.Output.values():
-        raise RequestError(f"output {request.output} is not one of the Output values", "output", "invalid_value")
+        raise RequestError(f"output {request.output} is not one of the Output values", "output")
     resolved = await service.validator.resolve(read_ask(request), request_id)
     usage = Usage(resolved)
     with service.running.call(request_id, resolved) as call:

@@ -65,7 +65,7 @@ class State:
         """JSON, or with ?format=text the picture."""
         kind = request.query_params.get("format", "json")
         if kind not in ("json", "text"):
-            raise RequestError(f"format must be json or text, not {kind!r}", "format", "invalid_value")
+            raise RequestError(f"format must be json or text, not {kind!r}", "format")
         tables = await answer_in_time(self._service.client.block_tables())
         if kind == "text":
             return PlainTextResponse(draw_blocks(tables) + "\n")

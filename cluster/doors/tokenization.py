@@ -21,7 +21,7 @@ class Tokenize:
         validator.check_model(given.get("model"))
         with_strings = check_bool(given.get("return_token_strs", False), "return_token_strs")
         if "messages" in given and "prompt" in given:
-            raise RequestError("give either prompt or messages, not both", "messages", "invalid_value")
+            raise RequestError("give either prompt or messages, not both", "messages")
         if "messages" in given:
             text, add_special_tokens = chat_prompt(validator.tokenizer, given)
         else:

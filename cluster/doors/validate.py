@@ -116,15 +116,15 @@ class Validator:
         for text in sampling.stop:
             if len(text) > MAX_STOP_CHARACTERS:
                 message = f"stop: a stop string has {len(text)} characters; at most {MAX_STOP_CHARACTERS} are possible"
-                raise RequestError(message, "stop", "invalid_value")
+                raise RequestError(message, "stop")
         self._check_vocabulary(sampling.stop_token_ids, "stop_token_ids")
         return sampling
 
     async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; a long text leaves the event loop free for the streams of others."""
         if len(text) < THREAD_CHARACTERS:
-            return self._encode(text, add_special_tokens)
-        return await asyncio.to_thread(self._encode, text, add_special_tokens)
+            return self.tokenizer.encode(text, add_special_tokens)
+        return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens)
 
     def check_tokens(self, token_ids: Any, param: str) -> list[int]:
         """A list of token ids of the model."""
@@ -132,12 +132,6 @@ class Validator:
             raise RequestError(f"{param} must be a list of token ids", param, "invalid_type")
         self._check_vocabulary(token_ids, param)
         return token_ids
-
-    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        try:
-            return self.tokenizer.encode(text, add_special_tokens)
-        except UnicodeEncodeError:
-            raise RequestError("the text holds half of a surrogate pair, which is not Unicode", code="invalid_value")
 
     def _check_vocabulary(self, token_ids: Any, param: str) -> None:
         if not token_ids:
@@ -148,7 +142,7 @@ class Validator:
                 f"{param}: token id {low if low < 0 else high} is outside the vocabulary; "
                 f"ids go from 0 to {self.limits.vocab_size - 1}"
             )
-            raise RequestError(message, param, "invalid_value")
+            raise RequestError(message, param)
 
     def _num_tokens_kept(self, truncate: Any, sampling: SamplingParams) -> int | None:
         if truncate is None:
@@ -173,7 +167,7 @@ class Validator:
             if keep is not None:
                 token_ids = token_ids[-keep:]
             if not token_ids:
-                raise RequestError(f"{ask.prompt_param} must not be empty", ask.prompt_param, "invalid_value")
+                raise RequestError(f"{ask.prompt_param} must not be empty", ask.prompt_param)
             prompts.append(token_ids)
         return prompts
 
@@ -202,7 +196,7 @@ class Validator:
         max_tokens = min(sampling.max_tokens or rest, rest)
         if sampling.min_tokens > max_tokens:
             message = f"min_tokens={sampling.min_tokens} must not exceed the {max_tokens} tokens that fit the context"
-            raise RequestError(message, "min_tokens", "invalid_value")
+            raise RequestError(message, "min_tokens")
         return sampling.model_copy(update={"max_tokens": max_tokens})
 
 
@@ -217,11 +211,11 @@ def check_prompts(value: Any, param: str) -> list[Prompt]:
             return [value]
         if len(value) > MAX_PROMPTS:
             message = f"{param} holds {len(value)} prompts; at most {MAX_PROMPTS} are possible in one call"
-            raise RequestError(message, param, "invalid_value")
+            raise RequestError(message, param)
         if all(isinstance(item, str) for item in value) or all(isinstance(item, list) for item in value):
             return value
     elif value == []:
-        raise RequestError(f"{param} must not be empty", param, "invalid_value")
+        raise RequestError(f"{param} must not be empty", param)
     raise RequestError(
         f"{param} must be a string, a list of strings, a list of token ids or a list of lists of token ids",
         param,
@@ -233,7 +227,7 @@ def check_int(value: Any, param: str, low: int, high: int) -> int:
     if type(value) is not int:
         raise RequestError(f"{param} must be an integer, not {shown(value)}", param, "invalid_type")
     if not low <= value <= high:
-        raise RequestError(f"{param} must be between {low} and {high}, not {value}", param, "invalid_value")
+        raise RequestError(f"{param} must be between {low} and {high}, not {value}", param)
     return value
 
 
@@ -254,7 +248,7 @@ def _check_salt(value: Any) -> str:
         raise RequestError(f"cache_salt must be a string, not {shown(value)}", "cache_salt", "invalid_type")
     if len(value) > MAX_SALT_CHARACTERS:
         message = f"cache_salt has {len(value)} characters; at most {MAX_SALT_CHARACTERS} are possible"
-        raise RequestError(message, "cache_salt", "invalid_value")
+        raise RequestError(message, "cache_salt")
     return value
 
 
@@ -262,7 +256,7 @@ def _sampling_error(error: ValidationError) -> RequestError:
     first = error.errors(include_url=False)[0]
     message = first["msg"].removeprefix("Value error, ")
     if not first["loc"]:  # a rule over several fields, whose message begins with the field's name
-        return RequestError(message, message.split("=")[0].split(" ")[0], "invalid_value")
+        return RequestError(message, message.split("=")[0].split(" ")[0])
     param = str(first["loc"][0])
     code = "invalid_type" if "type" in first["type"] or first["type"].endswith("parsing") else "invalid_value"
     return RequestError(f"{param}: {message}, not {shown(first['input'])}", param, code)

@@ -71,11 +71,10 @@ def test_serves_until_sigterm(engine_address: str, model_folder: Path) -> None:
         process.communicate()
 
 
-@pytest.mark.parametrize("field", ["port", "grpc_port"])
-def test_a_port_in_use_is_one_clear_sentence(engine_address: str, model_folder: Path, field: str) -> None:
+def test_a_port_in_use_is_one_clear_sentence(engine_address: str, model_folder: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        process = start(engine_address, model_folder, **{field: port})
+        process = start(engine_address, model_folder, port=port)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
     assert f"{port}" in errors.splitlines()[-1]

@@ -255,3 +255,29 @@ def test_timeout_of_a_client_that_does_not_stream_aborts(
         sdk.with_options(timeout=0.3).completions.create(model="tiny", prompt="hello")
     wait_for(lambda: engine.aborted)
     wait_for(lambda: len(doors.service.running) == 0)
+
+
+def test_long_prompts_of_several_completions_are_computed_once(sdk: openai.OpenAI, engine: FakeClient) -> None:
+    """The other completions are submitted when the first one's prompt is in the prefix cache."""
+    engine.hang_after = 0
+    prompt = list(range(100, 200))
+    with pytest.raises(openai.APITimeoutError):
+        sdk.with_options(timeout=0.3).completions.create(model="tiny", prompt=prompt, n=4)
+    assert len(engine.submitted) == 1
+    engine.reset()
+    answer = sdk.completions.create(model="tiny", prompt=prompt, n=4, seed=1)
+    assert len({choice.text for choice in answer.choices}) == 4
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens_details is not None
+    assert answer.usage.prompt_tokens_details.cached_tokens == 0  # what was there before the call
+
+
+def test_draining_refuses_new_calls(sdk: openai.OpenAI, doors: DoorThread) -> None:
+    doors.service.running.is_draining = True
+    try:
+        with pytest.raises(openai.InternalServerError) as caught:
+            sdk.completions.create(model="tiny", prompt="x")
+        assert (caught.value.status_code, caught.value.code) == (503, "draining")
+        assert caught.value.response.headers["retry-after"] == "1"
+    finally:
+        doors.service.running.is_draining = False

@@ -1,0 +1,76 @@
+"""Opening the doors: ports in use, ports shared by several frontends, and closing them."""
+
+import asyncio
+import socket
+import threading
+import time
+from pathlib import Path
+
+import grpc
+import httpx
+import pytest
+
+from manta.cluster.doors.server import DoorServer, PortError
+from manta.protos import inference_pb2 as pb
+from manta.protos import inference_pb2_grpc as pb_grpc
+from tests.support.door_server import DoorThread, build_service
+from tests.support.fake_client import FakeClient
+
+
+@pytest.mark.parametrize("field", ["port", "grpc_port"])
+def test_a_port_in_use_names_the_port_and_the_setting(model_folder: Path, field: str) -> None:
+    async def start(port: int) -> None:
+        await DoorServer(build_service(FakeClient(), model_folder, **{field: port})).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(PortError, match=rf"{port}.* in use .*choose another .*{field}"):
+            asyncio.run(start(port))
+
+
+def test_several_frontends_share_both_ports(model_folder: Path) -> None:
+    with DoorThread(FakeClient(), model_folder, api_server_count=2) as first:
+        ports = {"port": first.http_port, "grpc_port": first.grpc_port}
+        with DoorThread(FakeClient(), model_folder, api_server_count=2, **ports) as second:
+            assert (second.http_port, second.grpc_port) == (first.http_port, first.grpc_port)
+            clients = (first.client, second.client)
+            # The kernel spreads connections by their source port, so both get some of many.
+            for _ in range(200):
+                assert httpx.post(f"{first.base_url}/v1/completions", json={"prompt": "x"}).status_code == 200
+                if all(client.submitted for client in clients):
+                    break
+            assert all(client.submitted for client in clients)
+
+
+def test_stop_lets_running_calls_finish(model_folder: Path) -> None:
+    engine = FakeClient()
+    released = threading.Event()
+    with DoorThread(engine, model_folder) as doors, grpc.insecure_channel(doors.grpc_address) as channel:
+        started = threading.Event()
+
+        async def wait_for_release(num_sent: int) -> None:
+            started.set()
+            while not released.is_set():
+                await asyncio.sleep(0.005)
+
+        engine._break_or_hang = wait_for_release  # type: ignore[method-assign]
+        answers: list[httpx.Response] = []
+        url = f"{doors.base_url}/v1/completions"
+        asking = threading.Thread(target=lambda: answers.append(httpx.post(url, json={"prompt": "x"}, timeout=20)))
+        asking.start()
+        assert started.wait(10)
+        stopped: list[bool] = []
+        stopping = threading.Thread(target=lambda: stopped.append(doors.run(lambda: doors.server.stop(20.0))))
+        stopping.start()
+        deadline = time.monotonic() + 10
+        while not doors.service.running.is_draining:
+            assert time.monotonic() < deadline
+        assert httpx.get(f"{doors.base_url}/ready").status_code == 503
+        with pytest.raises(grpc.RpcError) as caught:
+            list(pb_grpc.InferenceStub(channel).Generate(pb.GenerateRequest(text="x")))
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        released.set()
+        asking.join(20)
+        stopping.join(20)
+        assert stopped == [True]
+        assert answers[0].json()["usage"]["completion_tokens"] == 16
