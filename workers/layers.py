@@ -1,6 +1,7 @@
 """The layers of a tensor-parallel decoder: each holds its rank's part and says in its name how it is split."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,14 @@ def _parameter(*shape: int, dtype: torch.dtype, device: torch.device) -> nn.Para
     return nn.Parameter(torch.empty(*shape, dtype=dtype, device=device), requires_grad=False)
 
 
-class _Linear(nn.Module):
+class Layer(nn.Module):
+    """A module that is called directly: nn.Module's hooks cost more than a small layer does in a decode step."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.forward(*args, **kwargs)
+
+
+class _Linear(Layer):
     """x @ weight.T + bias. Usable after `prepare`, which gives the weight to the device's quickest kernel."""
 
     weight: nn.Parameter | None
@@ -77,7 +85,7 @@ class RowLinear(_Linear):
         return self.mesh.all_reduce(self.apply_weight(x))
 
 
-class VocabEmbedding(nn.Module):
+class VocabEmbedding(Layer):
     """Split by tokens; a rank contributes zeros for the tokens of others."""
 
     def __init__(self, spec: ModelSpec, mesh: Mesh, dtype: torch.dtype) -> None:
@@ -110,7 +118,7 @@ class LMHead(_Linear):
         return self.mesh.all_gather_last_dim(self.apply_weight(x))[:, : self.vocab_size].float()
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(Layer):
     """Root mean square norm, alone or after adding to the residual."""
 
     def __init__(self, size: int, eps: float, dtype: torch.dtype, device: torch.device) -> None:

@@ -33,9 +33,7 @@ class Mesh:
     pp_rank: int
     pp_size: int
     device: torch.device
-    _tp_group: Any = None  # tp ranks of this stage
-    _hidden_group: Any = None  # stages of this tp rank
-    _tokens_group: Any = None  # the same ranks; apart, so that NCCL's two directions cannot wait for each other
+    _groups: dict[str, Any] = field(default_factory=dict)  # by name: see connect_mesh
     _store: Any = None  # must outlive the groups
     _pending_sends: deque[tuple[Any, Tensor]] = field(default_factory=deque)  # work and the tensor it still reads
 
@@ -55,7 +53,7 @@ class Mesh:
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sums x over the tp ranks in place and returns it."""
         if self.tp_size > 1:
-            self._tp_group.allreduce([x]).wait()
+            self._groups["tp"].allreduce([x]).wait()
         return x
 
     def all_gather_last_dim(self, x: Tensor) -> Tensor:
@@ -63,40 +61,42 @@ class Mesh:
         if self.tp_size == 1:
             return x
         parts = [torch.empty_like(x) for _ in range(self.tp_size)]
-        self._tp_group.allgather([parts], [x.contiguous()]).wait()
+        self._groups["tp"].allgather([parts], [x.contiguous()]).wait()
         return torch.cat(parts, dim=-1)
 
     def broadcast_from_tp0(self, x: Tensor) -> Tensor:
         """Overwrites x by tp rank 0's and returns it."""
         if self.tp_size > 1:
-            self._tp_group.broadcast(x, 0).wait()
+            self._groups["tp"].broadcast(x, 0).wait()
         return x
 
     def send_hidden(self, x: Tensor) -> None:
-        """Sends x [T, hidden] to the next stage; returns at once."""
-        self._send(self._hidden_group, x, self.pp_rank + 1)
+        """Sends x [T, hidden] to the next stage; returns at once unless that one is far behind. x must not change."""
+        self._send(self._groups["hidden"], x, self.pp_rank + 1)
 
     def recv_hidden(self, num_tokens: int, hidden_size: int, dtype: torch.dtype) -> Tensor:
         """Hidden states [num_tokens, hidden_size] of the previous stage."""
         x = torch.empty(num_tokens, hidden_size, dtype=dtype, device=self.device)
-        self._hidden_group.recv([x], self.pp_rank - 1, 0).wait()
+        self._groups["hidden"].recv([x], self.pp_rank - 1, 0).wait()
         return x
 
     def send_tokens(self, x: Tensor) -> None:
-        """Sends sampled ids int64 [n] from the last stage to the first one; returns at once."""
-        self._send(self._tokens_group, x, 0)
+        """Sends sampled ids int64 [n] from the last stage to the first one, as `send_hidden` does."""
+        self._send(self._groups["tokens"], x, 0)
 
     def recv_tokens(self, n: int) -> Tensor:
         """Sampled ids int64 [n] of the last stage."""
         x = torch.empty(n, dtype=torch.int64, device=self.device)
-        self._tokens_group.recv([x], self.pp_size - 1, 0).wait()
+        self._groups["tokens"].recv([x], self.pp_size - 1, 0).wait()
         return x
 
     def destroy(self) -> None:
         """Ends the groups. Other ranks' calls that are under way fail."""
         self._pending_sends.clear()
-        for name in ("_tp_group", "_hidden_group", "_tokens_group", "_store"):
-            object.__setattr__(self, name, None)
+        for group in self._groups.values():
+            if self.device.type == "cuda":
+                group.abort()  # its communicator would otherwise wait for the other ranks
+        self._groups.clear()
 
     def _send(self, group: Any, x: Tensor, to_stage: int) -> None:
         x = x.contiguous()
@@ -139,16 +139,20 @@ def connect_mesh(
         if store is None:
             store = TCPStore(host, port, is_master=False, timeout=timeout)
         store.set_timeout(timeout)
-        tp_group = _group(store, f"tp/{pp_rank}", tp_rank, tp_size, device, timeout)
-        hidden_group = _group(store, f"hidden/{tp_rank}", pp_rank, pp_size, device, timeout)
-        tokens_group = _group(store, f"tokens/{tp_rank}", pp_rank, pp_size, device, timeout)
+        groups = {
+            # Stages of one tp rank; one group a direction, so that NCCL's sends cannot wait for each other.
+            "hidden": _group(store, f"hidden/{tp_rank}", pp_rank, pp_size, device, timeout),
+            "tokens": _group(store, f"tokens/{tp_rank}", pp_rank, pp_size, device, timeout),
+            "tp": _group(store, f"tp/{pp_rank}", tp_rank, tp_size, device, timeout),
+        }
     except RuntimeError as error:
         where = f"{host}:{port}" if host else "its own store"
         raise MeshError(
             f"rank {rank} (tp {tp_rank} of {tp_size}, stage {pp_rank} of {pp_size}) could not join through {where} "
             f"within {timeout_s:g} s: {error}"
         ) from error
-    return Mesh(tp_rank, tp_size, pp_rank, pp_size, device, tp_group, hidden_group, tokens_group, store)
+    groups = {name: group for name, group in groups.items() if group is not None}
+    return Mesh(tp_rank, tp_size, pp_rank, pp_size, device, groups, store)
 
 
 def _group(store: Store, name: str, rank: int, size: int, device: torch.device, timeout: timedelta) -> Any:

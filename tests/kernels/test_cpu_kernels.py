@@ -1,6 +1,7 @@
 """Each CPU kernel against the reference, over dtypes, odd shapes and one or two threads."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -88,7 +89,8 @@ def test_rope_kv_write(num_heads: int, num_kv_heads: int, dim: int, with_norm: b
     norms = (torch.rand(dim).to(dtype), torch.rand(dim).to(dtype)) if with_norm else (None, None)
     shape = (12, num_kv_heads, 8, dim)
     results = []
-    for kernel in (rope_kv_write_cpu.rope_kv_write, reference.rope_kv_write):
+    kernels: list[Any] = [rope_kv_write_cpu.rope_kv_write, reference.rope_kv_write]
+    for kernel in kernels:
         mine, keys, values = qkv.clone(), torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
         kernel(mine, cos_sin, metadata.slot_mapping, keys, values, *norms, 1e-6)
         results.append((mine[:, : num_heads * dim], keys, values))
@@ -111,7 +113,7 @@ ATTENTION_SHAPES = [
 @pytest.mark.parametrize("window", [None, 1, 7, 40])
 @pytest.mark.parametrize(("num_heads", "num_kv_heads", "dim", "block_size"), ATTENTION_SHAPES)
 def test_paged_attention(
-    num_heads: int, num_kv_heads: int, dim: int, block_size: int, window: int | None, dtype: torch.dtype, kernel: object
+    num_heads: int, num_kv_heads: int, dim: int, block_size: int, window: int | None, dtype: torch.dtype, kernel: Any
 ) -> None:
     sequences = PagedSequences(block_size, num_blocks=40)
     sequences.step([(0, 30), (1, 1), (2, 16), (3, 9)])
@@ -120,7 +122,7 @@ def test_paged_attention(
     keys, values = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
     qkv = torch.randn(54, (num_heads + 2 * num_kv_heads) * dim).to(dtype)
     q = qkv[:, : num_heads * dim]  # strided, as the model passes it
-    out = kernel.paged_attention(q, keys, values, metadata, dim**-0.5, window)  # type: ignore[attr-defined]
+    out = kernel.paged_attention(q, keys, values, metadata, dim**-0.5, window)
     assert close(out, reference.paged_attention(q, keys, values, metadata, dim**-0.5, window))
 
 

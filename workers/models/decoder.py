@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from manta.configs.model import ModelSpec
 from manta.kernels import ops
 from manta.kernels.metadata import AttentionMetadata, KVCache
-from manta.workers.layers import LMHead, MergedColumnLinear, QKVLinear, RMSNorm, RowLinear, VocabEmbedding
+from manta.workers.layers import Layer, LMHead, MergedColumnLinear, QKVLinear, RMSNorm, RowLinear, VocabEmbedding
 from manta.workers.mesh import Mesh
 from manta.workers.rope import rope_table
 from manta.workers.weights import local_size, num_local_kv_heads, stage_layers
@@ -26,7 +26,7 @@ class StepContext:
     cos_sin: Tensor  # float32 [T, head_dim]
 
 
-class Attention(nn.Module):
+class Attention(Layer):
     """Grouped-query attention over the paged cache."""
 
     def __init__(self, spec: ModelSpec, mesh: Mesh, dtype: torch.dtype, window: int | None) -> None:
@@ -52,7 +52,7 @@ class Attention(nn.Module):
         return out
 
 
-class MLP(nn.Module):
+class MLP(Layer):
     """SwiGLU."""
 
     def __init__(self, spec: ModelSpec, mesh: Mesh, dtype: torch.dtype) -> None:
@@ -66,7 +66,7 @@ class MLP(nn.Module):
         return out
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(Layer):
     """Attention and MLP, each normed before and added to the residual after (the addition waits for the next norm)."""
 
     def __init__(self, spec: ModelSpec, mesh: Mesh, dtype: torch.dtype, window: int | None) -> None:

@@ -1,6 +1,7 @@
 """Logits of every model family equal transformers', for whole prompts, chunks, decodes and mixed batches."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def expected_logits(family: str, **overrides: object) -> Tensor:
+def expected_logits(family: str, **overrides: Any) -> Tensor:
     """float32 [4, 64, vocab] of transformers, each sequence whole."""
     model = make_model(family, **overrides)
     with torch.no_grad():
@@ -42,7 +43,7 @@ def assert_steps_match(steps: list[Tensor] | None, expected: Tensor, tolerance: 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fp32_logits_equal_transformers(family: str, tmp_path: Path) -> None:
     expected = expected_logits(family)
-    assert expected.argmax(dim=-1).unique().numel() > 10  # or the comparison says little
+    assert len(set(expected.argmax(dim=-1).flatten().tolist())) > 10  # or the comparison says little
     steps = run_steps(make_checkpoint(tmp_path, family), Mesh.single(CPU), torch.float32)
     assert_steps_match(steps, expected, LOGITS[torch.float32])
 
@@ -71,6 +72,6 @@ def test_sharded_checkpoint_with_an_index(tmp_path: Path) -> None:
     ],
     ids=["one-head", "wide-heads", "head-dim-80", "one-layer"],
 )
-def test_other_shapes(overrides: dict[str, int], tmp_path: Path) -> None:
+def test_other_shapes(overrides: dict[str, Any], tmp_path: Path) -> None:
     steps = run_steps(make_checkpoint(tmp_path, "llama", **overrides), Mesh.single(CPU), torch.float32)
     assert_steps_match(steps, expected_logits("llama", **overrides), LOGITS[torch.float32])

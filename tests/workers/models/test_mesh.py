@@ -14,8 +14,9 @@ NUM_IN_FLIGHT = 3
 def converse(rank: int, port: int) -> dict[str, object]:
     """Rank of a 2 x 2 mesh: every collective once, then steps with a few of them in flight."""
     tp_rank, pp_rank = rank % 2, rank // 2
-    place = {"tp_rank": tp_rank, "tp_size": 2, "pp_rank": pp_rank, "pp_size": 2}
-    mesh = connect_mesh(host="localhost", port=port, device=CPU, timeout_s=60.0, **place)
+    mesh = connect_mesh(
+        host="localhost", port=port, tp_rank=tp_rank, tp_size=2, pp_rank=pp_rank, pp_size=2, device=CPU, timeout_s=60.0
+    )
     heard: dict[str, object] = {
         "sum": mesh.all_reduce(torch.full((2, 3), rank + 1.0, dtype=torch.bfloat16)).tolist(),
         "gathered": mesh.all_gather_last_dim(torch.tensor([[rank, 10 * rank]])).tolist(),
