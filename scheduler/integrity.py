@@ -17,6 +17,8 @@ def check_replica(replica: Replica) -> None:
     assert bool(replica.in_flight) or not replica.pool.limbo, "blocks are in limbo with nothing in flight"
     assert all(until <= replica.step for until in replica.pool.limbo.values()), "a block waits for an unplanned step"
     _check_slots(replica)
+    stop_ids = (token for sequence in residents for token in sequence.request.stop_token_ids)
+    assert replica.stops.agrees_with(stop_ids), "the stop table is not that of the resident sequences"
     for sequence in residents:
         _check_table(replica, sequence)
         _check_hashes(replica, sequence)

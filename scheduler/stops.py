@@ -32,6 +32,12 @@ class StopTable:
                 del self._counts[mark]
                 self._marks[mark] = False
 
+    def agrees_with(self, token_ids: Iterable[int]) -> bool:
+        """Whether exactly these ids, as often as they are there, have been added and not removed."""
+        expected = Counter(min(token, _NUM_MARKS - 1) for token in token_ids)
+        num_marked = np.count_nonzero(self._marks)
+        return self._counts == expected and num_marked == len(expected) and bool(self._marks[list(expected)].all())
+
     def candidates(self, tokens: Tokens) -> list[int]:
         """Indices of tokens that end some sequence, perhaps not their own."""
         found: list[int] = np.flatnonzero(self._marks.take(tokens, mode="clip")).tolist()

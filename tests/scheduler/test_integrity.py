@@ -61,6 +61,7 @@ def free_a_block_in_use(replica: Replica) -> None:
         (grow_too_far, "request 0 has 4 blocks for"),
         (change_a_token, "request 0 has hashes of other tokens"),
         (break_counter, "lane 0 counts"),
+        (lambda replica: replica.stops.add([7]), "the stop table is not that"),
         (misplace_on_the_calendar, "grows at another tick"),
         (lambda replica: replica.lanes[0].endings.popitem(), "the calendar of endings"),
         (lambda replica: replica.in_flight.append(replica.in_flight[0]), r"steps \[4, 4\] are in flight"),

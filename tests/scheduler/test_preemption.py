@@ -86,6 +86,17 @@ def test_a_preempted_sequence_finds_its_own_blocks_again() -> None:
     assert computed[1] <= computed[0] - 8  # two blocks at least were still there
 
 
+def test_the_reserve_for_those_who_run_keeps_nobody_out_of_an_empty_pool() -> None:
+    deployment = Deployment(capacity(num_blocks=100, block_size=1, max_model_len=101, max_num_batched_tokens=128))
+    deployment.add(request(0, 98, max_tokens=1))
+    deployment.add(request(1, 2, max_tokens=1))
+    deployment.send()
+    assert places(deployment) == ([0], [1])  # 2 blocks are free, and 1 of them is the reserve
+    deployment.add(request(2, 100, max_tokens=1))
+    deployment.run()
+    deployment.assert_all_as_alone()
+
+
 def held_in_lane_0(prompts: list[int]) -> Deployment:
     """Two lanes of two sequences. Request 0 was held: the one block there is came out of limbo after its lane's turn,
     and it is lane 1's turn now."""

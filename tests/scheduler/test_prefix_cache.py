@@ -96,6 +96,17 @@ def test_running_sequences_share_blocks() -> None:
     deployment.assert_all_as_alone()
 
 
+def test_a_running_sequences_answer_is_shared_as_it_grows() -> None:
+    deployment = Deployment(capacity(block_size=4))
+    deployment.add(request(0, PROMPT, max_tokens=20))
+    for _ in range(8):
+        deployment.step()
+    deployment.add(request(1, PROMPT + deployment.tokens[0]))
+    deployment.run()
+    assert deployment.started[1].num_cached_tokens == 16
+    deployment.assert_all_as_alone()
+
+
 def test_a_shared_prefix_outlives_the_tails() -> None:
     deployment = Deployment(capacity(block_size=4, num_blocks=8))
     deployment.add(request(0, PROMPT[:8] + [15] * 8, max_tokens=1))

@@ -122,7 +122,8 @@ def test_the_context_ends_a_request() -> None:
 
 def test_sequences_longer_than_the_first_token_store() -> None:
     deployment = Deployment(capacity(max_model_len=1000, num_blocks=400, max_num_batched_tokens=256))
-    deployment.add(request(0, 250, max_tokens=300))
+    deployment.add(request(0, 250, max_tokens=20))
+    deployment.run()
     deployment.add(request(1, 600, max_tokens=3))
     deployment.run()
     deployment.assert_all_as_alone()
