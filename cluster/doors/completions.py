@@ -9,7 +9,6 @@ from manta.cluster.doors.exchange import Reply
 from manta.cluster.doors.openai_call import (
     Completed,
     Options,
-    Service,
     collect_call,
     new_head,
     read_fields,
@@ -18,6 +17,7 @@ from manta.cluster.doors.openai_call import (
     stream_call,
 )
 from manta.cluster.doors.output import Delta
+from manta.cluster.doors.service import Service
 from manta.cluster.doors.validate import Ask, Resolved, check_bool
 
 

@@ -7,8 +7,8 @@ import time
 
 from manta.cluster.doors.generation import Running
 from manta.cluster.doors.limits import read_limits
-from manta.cluster.doors.openai_call import Service
 from manta.cluster.doors.server import DoorServer
+from manta.cluster.doors.service import Service
 from manta.cluster.doors.text import Tokenizer, load_tokenizer
 from manta.cluster.doors.validate import Validator
 from manta.cluster.engine.client import Client, EngineClient

@@ -14,7 +14,7 @@ from manta.cluster.doors.chat import ChatCompletions
 from manta.cluster.doors.completions import Completions
 from manta.cluster.doors.errors import Kind, RequestError, from_engine, internal
 from manta.cluster.doors.exchange import Handler, JsonEndpoint, RequestIds, error_headers
-from manta.cluster.doors.openai_call import Service
+from manta.cluster.doors.service import Service
 from manta.cluster.doors.state import State, json_response
 from manta.cluster.doors.tokenization import Detokenize, Tokenize
 from manta.cluster.engine.client import EngineError

@@ -1,8 +1,7 @@
-"""What completions and chat have in common: stream options, usage, events, and running a call to its answer."""
+"""What completions and chat have in common: stream options, events, and running a call to its answer."""
 
 import asyncio
 import contextlib
-import secrets
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
@@ -13,32 +12,16 @@ import orjson
 from manta.cluster.doors.errors import RequestError
 from manta.cluster.doors.exchange import Reply, is_request_id
 from manta.cluster.doors.fields import check_fields
-from manta.cluster.doors.generation import IndexedDelta, Running
+from manta.cluster.doors.generation import IndexedDelta
 from manta.cluster.doors.output import Delta
-from manta.cluster.doors.validate import Resolved, Validator, check_bool, shown
-from manta.cluster.engine.client import Client
-from manta.configs.schema import ServeConfig
+from manta.cluster.doors.service import Service
+from manta.cluster.doors.usage import Usage
+from manta.cluster.doors.validate import Resolved, check_bool, shown
 
 HEADERS_AFTER_S = 1.0  # a refusal by the engine comes sooner and still gets its own HTTP status
 _STREAM_OPTIONS = frozenset({"include_usage", "continuous_usage_stats"})
 # Options of newer OpenAI clients that change only how chunks are padded.
 _IGNORED_STREAM_OPTIONS = frozenset({"include_obfuscation"})
-
-
-@dataclass(frozen=True, slots=True)
-class Service:
-    """What every endpoint works with."""
-
-    client: Client
-    config: ServeConfig
-    validator: Validator
-    running: Running
-    started_s: float  # Unix time
-
-    def free_id(self, prefix: str, wanted: str) -> str:
-        """The id a call runs under; two clients that send the same X-Request-Id do not disturb each other."""
-        request_id = f"{prefix}-{wanted}"
-        return f"{request_id}-{secrets.token_hex(4)}" if request_id in self.running else request_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,38 +59,6 @@ def read_request_id(fields: dict[str, Any], header: str) -> str:
         message = "request_id must be up to 128 printable ASCII characters without spaces"
         raise RequestError(message, "request_id")
     return wanted
-
-
-class Usage:
-    """Token counts of one call. A prompt counts once, however many completions it has."""
-
-    def __init__(self, resolved: Resolved) -> None:
-        self._n = resolved.n
-        self._num_prompt_tokens = resolved.num_prompt_tokens
-        self._num_cached_tokens = [0] * len(resolved.prompts)
-        self._num_completion_tokens = 0
-
-    def add(self, index: int, delta: Delta) -> None:
-        self._num_completion_tokens += len(delta.token_ids)
-        if delta.num_cached_tokens and index % self._n == 0:
-            self._num_cached_tokens[index // self._n] = delta.num_cached_tokens
-
-    def counts(self) -> dict[str, int]:
-        return {
-            "prompt_tokens": self._num_prompt_tokens,
-            "completion_tokens": self._num_completion_tokens,
-            "cached_tokens": sum(self._num_cached_tokens),
-        }
-
-    def body(self) -> dict[str, Any]:
-        """The `usage` object of the OpenAI API."""
-        counts = self.counts()
-        return {
-            "prompt_tokens": counts["prompt_tokens"],
-            "completion_tokens": counts["completion_tokens"],
-            "total_tokens": counts["prompt_tokens"] + counts["completion_tokens"],
-            "prompt_tokens_details": {"cached_tokens": counts["cached_tokens"]},
-        }
 
 
 class EventFormat(Protocol):

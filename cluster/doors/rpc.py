@@ -10,9 +10,10 @@ from typing import Any, NoReturn, TypeVar
 from manta.cluster.doors.errors import RequestError, from_engine, internal
 from manta.cluster.doors.exchange import is_request_id
 from manta.cluster.doors.generation import IndexedDelta
-from manta.cluster.doors.openai_call import Service, Usage
 from manta.cluster.doors.output import Delta
+from manta.cluster.doors.service import Service
 from manta.cluster.doors.state import answer_in_time, manta_version
+from manta.cluster.doors.usage import Usage
 from manta.cluster.doors.validate import Ask
 from manta.cluster.engine.client import EngineError
 from manta.protos import inference_pb2 as pb

@@ -8,7 +8,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from manta.cluster.doors.errors import RequestError
-from manta.cluster.doors.openai_call import Service
+from manta.cluster.doors.service import Service
 from manta.cluster.doors.state import check_health
 
 WATCH_INTERVAL_S = 1.0

@@ -13,9 +13,9 @@ from grpc_reflection.v1alpha import reflection
 
 from manta.cluster.doors.exchange import MAX_BODY_BYTES
 from manta.cluster.doors.http import build_app
-from manta.cluster.doors.openai_call import Service
 from manta.cluster.doors.rpc import InferenceServicer
 from manta.cluster.doors.rpc_health import HealthServicer
+from manta.cluster.doors.service import Service
 from manta.protos import inference_pb2, inference_pb2_grpc
 
 KEEP_ALIVE_S = 75  # idle HTTP connections; longer than the 60 s after which common proxies drop theirs

@@ -14,7 +14,7 @@ from starlette.routing import Route
 
 from manta.cluster.doors.block_picture import draw_blocks
 from manta.cluster.doors.errors import Kind, RequestError
-from manta.cluster.doors.openai_call import Service
+from manta.cluster.doors.service import Service
 from manta.cluster.engine.client import EngineError
 
 ANSWER_TIMEOUT_S = 5.0  # an engine that says nothing for so long is not healthy

@@ -7,7 +7,7 @@ from manta.cluster.doors.chat import chat_prompt
 from manta.cluster.doors.errors import RequestError
 from manta.cluster.doors.exchange import Reply
 from manta.cluster.doors.fields import check_fields
-from manta.cluster.doors.openai_call import Service
+from manta.cluster.doors.service import Service
 from manta.cluster.doors.validate import check_bool, shown
 
 

@@ -10,8 +10,8 @@ from typing import Any, Self, TypeVar
 
 from manta.cluster.doors.generation import Running
 from manta.cluster.doors.limits import read_limits
-from manta.cluster.doors.openai_call import Service
 from manta.cluster.doors.server import DoorServer
+from manta.cluster.doors.service import Service
 from manta.cluster.doors.text import load_tokenizer
 from manta.cluster.doors.validate import Validator
 from manta.configs.schema import ServeConfig

@@ -2,6 +2,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.support.door_server import DoorThread
@@ -34,3 +35,9 @@ def doors(shared_doors: DoorThread, engine: FakeClient) -> Iterator[DoorThread]:
     while len(shared_doors.service.running):
         assert time.monotonic() < deadline, "a call is still running"
         time.sleep(0.005)
+
+
+@pytest.fixture
+def http(doors: DoorThread) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=doors.base_url, timeout=20) as client:
+        yield client
