@@ -119,7 +119,7 @@ def _items_of_dim(
     seq_lens: Any, block_tables: Any, max_blocks: Any, num_kv_heads: Any, group: Any, dim: Any, block_size: Any,
     q_stride: Any, scale: Any, window: Any, scratch: Any, kind: Any,
 ) -> None:  # fmt: skip
-    """Items begin, begin + step, ... of rows x query tiles x KV heads. `scratch` holds _scratch_size floats."""
+    """Items begin, begin + step, ... of rows x query tiles x KV heads. `scratch`: see paged_attention."""
     tile_rows = QUERY_TILE * group
     page_size = block_size * dim
     q_tile = scratch
