@@ -71,7 +71,9 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         if self._backend is not None:
-            ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+            # Of the backend's calls only those for batches let other threads run meanwhile.
+            encodings = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+            ids: list[int] = encodings[0].ids
             return ids
         return list(self.hf.encode(text, add_special_tokens=add_special_tokens))
 

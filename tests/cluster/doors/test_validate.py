@@ -167,3 +167,16 @@ def test_encoding_is_that_of_transformers() -> None:
         for add_special_tokens in (True, False):
             expected = TOKENIZER.hf.encode(text, add_special_tokens=add_special_tokens)
             assert TOKENIZER.encode(text, add_special_tokens) == expected
+
+
+def test_a_long_text_leaves_the_event_loop_to_others() -> None:
+    async def count_turns() -> int:
+        validator = Validator(ModelLimits("tiny", VOCAB_SIZE, 10), TOKENIZER, random.Random(0))
+        encoding = asyncio.create_task(validator.encode("hello world " * 20_000))
+        num_turns = 0
+        while not encoding.done():
+            await asyncio.sleep(0)
+            num_turns += 1
+        return num_turns
+
+    assert asyncio.run(count_turns()) > 100  # a handful if the tokenizer held the interpreter's lock
