@@ -210,6 +210,18 @@ def test_extreme_logits_and_parameters() -> None:
     assert 0 <= second < 4
 
 
+def test_a_row_of_nan_gives_some_token_and_leaves_the_others_alone() -> None:
+    logits = torch.randn(3, VOCAB_SIZE, generator=torch.Generator().manual_seed(9))
+    for fields in ({}, {"top_k": 3, "top_p": 0.9}, {"temperature": 0.0}):
+        rig = Rig([([1], [], {"seed": row} | fields) for row in range(3)])
+        before = rig.sample(logits)
+        broken = logits.clone()
+        broken[1] = torch.nan
+        after = rig.sample(broken)
+        assert (after[0], after[2]) == (before[0], before[2])
+        assert 0 <= after[1] < VOCAB_SIZE
+
+
 def test_stop_tokens_outside_the_vocabulary_are_ignored() -> None:
     fields = {"temperature": 0.0, "min_tokens": 5, "stop_token_ids": [1, 3, *range(20, 30)]}
     logits = torch.tensor([[0.0, 9.0, 1.0, 8.0]])
