@@ -1,6 +1,7 @@
 """The frontend process: `python -m manta.cluster.doors.main --config-json JSON --engine HOST:PORT`.
 
-Prints `MANTA_ADDRESS host:http_port host:grpc_port` when both doors are open. SIGTERM and SIGINT let running requests
+Prints `MANTA_ADDRESS host:http_port host:grpc_port` when both doors are open, or `MANTA_ERROR sentence` before it ends
+because it cannot open them. SIGTERM and SIGINT let running requests
 finish; the end of the parent does not.
 """
 
@@ -32,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         uvloop.run(_serve(args.config_json, args.engine, args.parent_pid))
     except (ValidationError, TokenizerError, ModelError, PortError, EngineError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"MANTA_ERROR {error}", flush=True)
         return 1
     return 0
 

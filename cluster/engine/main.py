@@ -8,7 +8,6 @@ import argparse
 import asyncio
 import gc
 import logging
-import os
 import signal
 import sys
 from collections.abc import Callable
@@ -22,10 +21,10 @@ from manta.cluster.engine.bringup import BringUpError, bring_up
 from manta.cluster.engine.engine import Engine
 from manta.cluster.engine.service import serve
 from manta.cluster.engine.workers import WorkerError
+from manta.cluster.orphan import parent_ended
 from manta.cluster.preflight import PreflightError, read_model
 from manta.configs.schema import ServeConfig
 
-_PARENT_CHECK_S = 1.0
 _STOP_GRACE_S = 1.0
 
 
@@ -81,7 +80,7 @@ async def run(args: argparse.Namespace) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     server = SchedulerServer(args.config_json, parse_workers(args.workers), args.host, args.port)
-    waits = [asyncio.create_task(stopping.wait()), asyncio.create_task(_parent_ended(args.parent_pid))]
+    waits = [asyncio.create_task(stopping.wait()), asyncio.create_task(parent_ended(args.parent_pid))]
     starting = asyncio.create_task(server.start())
     try:
         await asyncio.wait([starting, *waits], return_when=asyncio.FIRST_COMPLETED)
@@ -98,12 +97,6 @@ async def run(args: argparse.Namespace) -> int:
             await asyncio.gather(starting, *waits, return_exceptions=True)
         await server.stop()
     return 0
-
-
-async def _parent_ended(pid: int) -> None:
-    """Returns when this process has been left by its parent; never for pid 0."""
-    while pid == 0 or os.getppid() == pid:
-        await asyncio.sleep(_PARENT_CHECK_S)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -12,11 +12,11 @@ from queue import Empty, Queue
 from manta.cluster.launch.launcher import LaunchError
 
 _ADDRESS = "MANTA_ADDRESS "
-_ERROR = "error: "
+_ERROR = "MANTA_ERROR "
 
 
 class ChildProcess:
-    """Runs `python -m module`; the child prints one line MANTA_ADDRESS once it serves, or "error: ..." and ends.
+    """Runs `python -m module`; the child prints one line MANTA_ADDRESS once it serves, or MANTA_ERROR and ends.
 
     What else it prints goes to this process's stderr under its name. It lives in a session of its own, so that a
     Ctrl-C at the terminal reaches only the parent, which ends its children in order.

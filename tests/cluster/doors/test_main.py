@@ -75,15 +75,17 @@ def test_a_port_in_use_is_one_clear_sentence(engine_address: str, model_folder: 
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         process = start(engine_address, model_folder, port=port)
-        _, errors = process.communicate(timeout=60)
+        output, errors = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert f"{port}" in errors.splitlines()[-1]
-    assert "in use" in errors.splitlines()[-1]
+    assert output.startswith("MANTA_ERROR ")
+    assert f"{port}" in output
+    assert "in use" in output
+    assert len(output.splitlines()) == 1
     assert "Traceback" not in errors
 
 
 def test_a_model_without_a_tokenizer_is_one_clear_sentence(engine_address: str, tmp_path: Path) -> None:
     process = start(engine_address, tmp_path)
-    _, errors = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert errors.splitlines()[-1].startswith("error: no tokenizer can be loaded")
+    assert output.startswith("MANTA_ERROR no tokenizer can be loaded")

@@ -31,7 +31,7 @@ def test_address_and_orderly_end(module: str, capfd: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(
     ("code", "sentence"),
     [
-        ("print('error: the sky fell'); sys.exit(3)", "the sky fell"),
+        ("print('MANTA_ERROR the sky fell'); sys.exit(3)", "the sky fell"),
         ("sys.exit(3)", "role ended with exit code 3"),
         ("os.kill(os.getpid(), signal.SIGKILL)", "role was killed by SIGKILL"),
         ("raise ValueError('no such thing')", "ValueError: no such thing"),
