@@ -1,6 +1,6 @@
 """`python -m manta.workers.main`: one worker as a plain process.
 
-Prints `MANTA_ADDRESS host:port` once it can be called. Ends on SIGTERM or SIGINT, and when its parent dies.
+Prints `MANTA_ADDRESS host:port` once it can be called, or `MANTA_ERROR sentence` if it never will. Ends on SIGTERM or SIGINT, and when its parent dies.
 """
 
 import argparse
@@ -27,7 +27,8 @@ def main() -> None:
     try:
         address = server.start()
     except RuntimeError as error:
-        sys.exit(f"worker cannot listen on {args.host}:{args.port}: {error}")
+        print(f"MANTA_ERROR worker cannot listen on {args.host}:{args.port}: {error}", flush=True)
+        sys.exit(1)
     if args.address_file is not None:
         _write_whole(args.address_file, address)
     print(f"MANTA_ADDRESS {address}", flush=True)

@@ -85,4 +85,4 @@ def test_says_when_its_port_is_taken() -> None:
     first.wait()
     first.stdout.close()
     assert second.returncode == 1
-    assert f"cannot listen on 127.0.0.1:{port}" in second.stderr
+    assert second.stdout.startswith(f"MANTA_ERROR worker cannot listen on 127.0.0.1:{port}")

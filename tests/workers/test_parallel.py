@@ -1,6 +1,7 @@
 """Replicas of several real processes, over gloo and gRPC: the tokens are those of one process."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,7 +49,7 @@ def expected(checkpoint: Path) -> list[list[int]]:
     client.close()
     server.stop()
     outputs = [driver.output(slot) for slot in range(len(PROMPT_LENGTHS))]
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     ids = model.generate(
         torch.tensor([prompts()[2]]), do_sample=False, max_new_tokens=NUM_NEW, min_new_tokens=NUM_NEW, eos_token_id=None
     )

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -60,7 +61,7 @@ def prompts() -> list[list[int]]:
 @pytest.fixture(scope="module")
 def expected(checkpoint: Path) -> list[list[int]]:
     """Greedy continuations by transformers."""
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     outputs = []
     for prompt in prompts():
         ids = model.generate(
@@ -256,7 +257,7 @@ def test_refused_loads_say_why_and_may_be_tried_again(fresh: WorkerClient, check
 
 
 def test_weight_bytes_are_those_of_the_checkpoint(fresh: WorkerClient, checkpoint: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     loaded = fresh.load(tiny_config(checkpoint))
     assert loaded.weight_bytes == sum(parameter.nbytes for parameter in model.parameters())
 

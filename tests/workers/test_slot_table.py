@@ -1,6 +1,7 @@
 """The slot table against a naive mirror that keeps one record per sequence, and against plans that break the rules."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ LIMITS = Limits(
     num_blocks=200, block_size=4, max_num_seqs=20, max_num_batched_tokens=64, max_model_len=40, vocab_size=50
 )
 NUM_LANES = 2
+RowTuples = list[tuple[int, int, int, bool]]  # slot, start, tokens, samples
 
 
 def make_table(limits: Limits = LIMITS) -> SlotTable:
@@ -41,7 +43,7 @@ class Naive:
 
     sequences: dict[int, Sequence] = field(default_factory=dict)
 
-    def rows(self, lane: int, holds: list[int], prefill: list[tuple[int, int]]) -> list[tuple[int, int, int, bool]]:
+    def rows(self, lane: int, holds: list[int], prefill: list[tuple[int, int]]) -> RowTuples:
         """(slot, start, tokens, samples) of each row; the sequences move on."""
         rows = []
         for slot in sorted(self.sequences):
@@ -62,13 +64,13 @@ class Naive:
         return result
 
 
-def as_tuples(rows: Rows) -> list[tuple[int, int, int, bool]]:
+def as_tuples(rows: Rows) -> RowTuples:
     sampled = set(rows.sampled.tolist())
     columns = zip(rows.slots.tolist(), rows.starts.tolist(), rows.num_tokens.tolist(), strict=True)
     return [(slot, start, count, i in sampled) for i, (slot, start, count) in enumerate(columns)]
 
 
-def draw_plan(data: st.DataObject, naive: Naive, step: int, spare_blocks: list[int]) -> tuple[StepPlan, list]:
+def draw_plan(data: st.DataObject, naive: Naive, step: int, spare_blocks: list[int]) -> tuple[StepPlan, RowTuples]:
     """A valid plan and the naive mirror's rows of it."""
     draw = data.draw
     frees = [slot for slot in naive.sequences if draw(st.booleans() if step % 3 == 0 else st.just(False))]
@@ -178,7 +180,7 @@ def started_table() -> SlotTable:
         ),
     ],
 )  # fmt: skip
-def test_refuses_what_breaks_the_rules(fields: dict, message: str) -> None:
+def test_refuses_what_breaks_the_rules(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(PlanError) as error:
         started_table().apply(step_plan(3, **fields))
     assert str(error.value).startswith("step 3: ")
