@@ -1,6 +1,7 @@
 """`python -m manta.workers.main`: one worker as a plain process.
 
-Prints `MANTA_ADDRESS host:port` once it can be called, or `MANTA_ERROR sentence` if it never will. Ends on SIGTERM or SIGINT, and when its parent dies.
+Prints `MANTA_ADDRESS host:port` once it can be called, or `MANTA_ERROR sentence` if it never will.
+Ends on SIGTERM or SIGINT, and when its parent dies.
 """
 
 import argparse
