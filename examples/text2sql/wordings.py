@@ -84,6 +84,9 @@ EQUALS = (
         "with the {c} {v}",
         "that have the {c} {v}",
         "whose {c} equals {v}",
+        "for which {c} is {v}",
+        "with a {c} equal to {v}",
+        "having a {c} equal to {v}",
     ),
     ("with a {c} of {v}", "in which {c} is {v}", "that have {c} equal to {v}"),
 )
@@ -98,6 +101,9 @@ COMPARES = (
         "having {c} {op} {v}",
         "for which the {c} is {op} {v}",
         "with a {c} of {op} {v}",
+        "having {c} of {op} {v}",
+        "for which {c} is {op} {v}",
+        "that have {c} {op} {v}",
     ),
     ("that have a {c} {op} {v}", "in which {c} is {op} {v}", "having a {c} of {op} {v}"),
 )
@@ -124,6 +130,10 @@ NOT_EQUALS = (
         "where {c} does not equal {v}",
         "that do not have {c} {v}",
         "where {c} != {v}",
+        "in which the {c} is not {v}",
+        "with a {c} other than {v}",
+        "for which {c} is different from {v}",
+        "that have a {c} other than {v}",
     ),
     ("where {c} is other than {v}", "for which the {c} is not {v}", "whose {c} does not equal {v}"),
 )
@@ -137,6 +147,9 @@ BETWEENS = (
         "with {c} in the range {v} to {w}",
         "whose {c} is from {v} to {w}",
         "that have a {c} between {v} and {w}",
+        "in which {c} is between {v} and {w}",
+        "for which the {c} is between {v} and {w}",
+        "having {c} from {v} to {w}",
     ),
     (
         "having a {c} between {v} and {w}",
@@ -154,6 +167,9 @@ EITHERS = (
         "with {c} in {v}, {w}",
         "where the {c} is one of {v} and {w}",
         "that have {c} {v} or {w}",
+        "in which the {c} is {v} or {w}",
+        "for which {c} is either {v} or {w}",
+        "with a {c} of {v} or {w}",
     ),
     ("for which the {c} is {v} or {w}", "with a {c} of either {v} or {w}", "whose {c} is one of {v} and {w}"),
 )
@@ -203,6 +219,9 @@ NULLS = (
         "where the {c} is empty",
         "whose {c} is not set",
         "where {c} is unknown",
+        "in which the {c} is missing",
+        "for which {c} is unknown",
+        "having no {c}",
     ),
     ("for which the {c} is missing", "that are without a {c}", "whose {c} is null"),
 )
@@ -215,6 +234,9 @@ NOT_NULLS = (
         "with a known {c}",
         "whose {c} is set",
         "where {c} is not missing",
+        "in which {c} is known",
+        "for which {c} is not null",
+        "having a {c}",
     ),
     ("for which the {c} is known", "where the {c} is set", "with a {c} that is not null"),
 )
@@ -227,6 +249,9 @@ YEARS = (
         "where the {c} is in {v}",
         "whose {c} is in the year {v}",
         "that have a {c} in {v}",
+        "in which the {c} is in {v}",
+        "for which {c} is in {v}",
+        "having a {c} in the year {v}",
     ),
     ("having {c} in {v}", "for which the {c} is in the year {v}"),
 )
