@@ -45,6 +45,7 @@ class Filler:
 
     def fill(self) -> None:
         """Fills every slot of the SQL and the English ones that go with them. Raises NoFit."""
+        table = None
         if self.pattern.is_join:
             self._name_joined_tables()
         else:
@@ -54,7 +55,7 @@ class Filler:
         # Columns that are asked for come before conditions, which take what is left.
         slots = [name for _, name, _, _ in string.Formatter().parse(self.pattern.sql) if name and name not in self.sql]
         for slot in sorted(dict.fromkeys(slots), key=lambda name: "where" in name):
-            self._fill_slot(slot, table if not self.pattern.is_join else None)
+            self._fill_slot(slot, table)
         self.english["show"] = self.rng.choice(wordings.SHOW)
         self.english["what"] = self.rng.choice(wordings.WHAT_IS)
 
@@ -70,7 +71,7 @@ class Filler:
         self.sql["key"] = self.schema.child_key
 
     def _fill_slot(self, slot: str, table: Table | None) -> None:
-        """`slot` is a name from a template; the first letter of a join's slot says which table it is of."""
+        """Fills one slot of the SQL; without a table, the slot's first letter says which joined table it is of."""
         if slot in ("agg", "max", "dir", "most", "than", "k", "v"):
             self._fill_word(slot)
             return
