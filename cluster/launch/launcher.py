@@ -11,6 +11,14 @@ class LaunchError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class Death:
+    """A process that has ended by itself."""
+
+    reason: str  # one sentence that names it
+    replica: int | None  # of a worker; None for the scheduler and the frontends, which nothing can replace
+
+
+@dataclass(frozen=True, slots=True)
 class FrontendAddress:
     http_port: int
     grpc_port: int
@@ -31,8 +39,8 @@ class Launcher(Protocol):
         """Starts the frontends; they share one pair of ports."""
         ...
 
-    def dead(self) -> str | None:
-        """One sentence about a process that has ended by itself, if one has."""
+    def deaths(self) -> list[Death]:
+        """Every process that has ended by itself so far."""
         ...
 
     def stop(self, grace_s: float) -> None:

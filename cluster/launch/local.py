@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from manta.cluster.launch.launcher import FrontendAddress, LaunchError, cores_per_worker, cpu_worker_env
+from manta.cluster.launch.launcher import Death, FrontendAddress, LaunchError, cores_per_worker, cpu_worker_env
 from manta.cluster.launch.process import ChildProcess
 from manta.configs.schema import ServeConfig
 
@@ -21,11 +21,13 @@ class LocalLauncher:
     """Owns the child processes it starts."""
 
     def __init__(self) -> None:
+        self._num_ranks = 1
         self._workers: list[ChildProcess] = []
         self._schedulers: list[ChildProcess] = []
         self._frontends: list[ChildProcess] = []
 
     def start_workers(self, config: ServeConfig) -> list[list[str]]:
+        self._num_ranks = config.num_ranks
         num_workers = config.num_ranks * config.data_parallel_size
         num_gpus = num_local_gpus() if config.device != "cpu" else 0
         if config.device == "cuda" and num_gpus < num_workers:
@@ -57,9 +59,10 @@ class LocalLauncher:
             address = FrontendAddress(int(http.rsplit(":", 1)[1]), int(grpc.rsplit(":", 1)[1]))
         return address
 
-    def dead(self) -> str | None:
+    def deaths(self) -> list[Death]:
+        replicas = {worker: index // self._num_ranks for index, worker in enumerate(self._workers)}
         children = [*self._workers, *self._schedulers, *self._frontends]
-        return next((why for child in children if (why := child.ended())), None)
+        return [Death(why, replicas.get(child)) for child in children if (why := child.ended())]
 
     def stop(self, grace_s: float) -> None:
         for children, patience_s in (

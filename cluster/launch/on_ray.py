@@ -11,7 +11,7 @@ from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from manta.cluster.launch.actors import FrontendActor, SchedulerActor, WorkerActor
-from manta.cluster.launch.launcher import FrontendAddress, LaunchError, cores_per_worker, cpu_worker_env
+from manta.cluster.launch.launcher import Death, FrontendAddress, LaunchError, cores_per_worker, cpu_worker_env
 from manta.configs.schema import ServeConfig
 
 _ACTOR_TIMEOUT_S = 120.0
@@ -26,23 +26,18 @@ _FRONTEND = ray.remote(**_ACTOR_OPTIONS)(FrontendActor)
 _OBJECT_STORE_BYTES = 128 * 2**20  # nothing but actor arguments passes through it
 
 
-def connect(config: ServeConfig) -> bool:
-    """Joins the cluster at --ray-address or RAY_ADDRESS, or starts one here. True if it was started here."""
+def connect(config: ServeConfig) -> None:
+    """Joins the cluster at --ray-address or RAY_ADDRESS, or starts one here. Raises LaunchError."""
     address = config.ray_address or os.environ.get("RAY_ADDRESS")
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": True}
-    if address and address != "local":
-        try:
+    try:
+        if address and address != "local":
             ray.init(address=address, **quiet)
-        except (ConnectionError, RuntimeError) as error:
-            raise LaunchError(f"no Ray cluster at {address!r} can be joined: {_first_line(error)}") from None
-        return False
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        object_store_memory=_OBJECT_STORE_BYTES,
-        **quiet,
-    )
-    return True
+        else:
+            ray.init(address="local", include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, **quiet)
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        what = f"no Ray cluster at {address!r} can be joined" if address else "a local Ray cannot be started"
+        raise LaunchError(f"{what}: {_first_line(error)}") from None
 
 
 class RayLauncher:
@@ -53,7 +48,7 @@ class RayLauncher:
         self._workers: list[Any] = []
         self._scheduler: Any = None
         self._frontends: list[Any] = []
-        self._lifelines: dict[Any, str] = {}  # the never-ending call of each actor -> the actor's name
+        self._lifelines: dict[Any, tuple[str, int | None]] = {}  # never-ending call of an actor -> its name, replica
 
     def start_workers(self, config: ServeConfig) -> list[list[str]]:
         bundle, env = _worker_needs(config)
@@ -75,13 +70,13 @@ class RayLauncher:
                     ).remote()
                 )
         for number, worker in enumerate(self._workers):
-            self._lifelines[worker.stay.remote()] = f"worker {number}"
+            self._lifelines[worker.stay.remote()] = (f"worker {number}", number // ranks)
         addresses = _get([worker.start.remote() for worker in self._workers], _ACTOR_TIMEOUT_S, "the workers")
         return [addresses[i : i + ranks] for i in range(0, len(addresses), ranks)]
 
     def start_scheduler(self, config: ServeConfig, workers: list[list[str]]) -> str:
         self._scheduler = _SCHEDULER.options(num_cpus=0, scheduling_strategy=_here()).remote()
-        self._lifelines[self._scheduler.stay.remote()] = "the scheduler"
+        self._lifelines[self._scheduler.stay.remote()] = ("the scheduler", None)
         call = self._scheduler.start.remote(config.model_dump_json(), workers)
         address: str = _get(call, _LOAD_TIMEOUT_S, "the scheduler")
         return address
@@ -91,24 +86,23 @@ class RayLauncher:
         for index in range(config.api_server_count):
             actor = _FRONTEND.options(num_cpus=0, scheduling_strategy=_here()).remote()
             self._frontends.append(actor)
-            self._lifelines[actor.stay.remote()] = f"frontend {index}"
+            self._lifelines[actor.stay.remote()] = (f"frontend {index}", None)
             taken = config.model_copy(update={"port": address.http_port, "grpc_port": address.grpc_port})
             call = actor.start.remote(taken.model_dump_json(), scheduler)
             address = FrontendAddress(*_get(call, _ACTOR_TIMEOUT_S, f"frontend {index}"))
         return address
 
-    def dead(self) -> str | None:
-        if not self._lifelines:
-            return None
-        ended, _ = ray.wait(list(self._lifelines), num_returns=1, timeout=0)
-        if not ended:
-            return None
-        name = self._lifelines[ended[0]]
+    def deaths(self) -> list[Death]:
+        ended, _ = ray.wait(list(self._lifelines), num_returns=len(self._lifelines), timeout=0)
+        return [self._death(call) for call in ended]
+
+    def _death(self, call: Any) -> Death:
+        name, replica = self._lifelines[call]
         try:
-            ray.get(ended[0], timeout=1)
+            ray.get(call, timeout=1)
         except RayError as error:
-            return f"{name} has died: {_first_line(error)}"
-        return f"{name} has ended"
+            return Death(f"{name} has died: {_first_line(error)}", replica)
+        return Death(f"{name} has ended", replica)
 
     def stop(self, grace_s: float) -> None:
         self._lifelines.clear()

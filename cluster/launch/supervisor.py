@@ -33,7 +33,6 @@ class Supervisor:
         self._is_up = False
         self._phases: dict[str, float] = {}
         self._started_s = time.perf_counter()
-        self._owns_ray = False
 
     def run(self) -> int:
         """Serves until told to stop. Returns the exit code; raises LaunchError or PreflightError with one sentence."""
@@ -71,7 +70,7 @@ class Supervisor:
         from manta.cluster.launch import on_ray
 
         with self._timed("ray"):
-            self._owns_ray = on_ray.connect(self._config)
+            on_ray.connect(self._config)
         if not on_ray.has_gpus():
             self._check(on_gpu=False)
         return on_ray.RayLauncher()
@@ -96,10 +95,15 @@ class Supervisor:
             return info
 
     def _watch(self, launcher: Launcher) -> str | None:
+        """Returns None when told to stop, or why the deployment cannot go on. A replica may die while others live."""
+        lost: set[int] = set()
         while not self._stop.wait(_WATCH_INTERVAL_S):
-            why = launcher.dead()
-            if why:
-                return why
+            for death in launcher.deaths():
+                if death.replica is None or len(lost | {death.replica}) == self._config.data_parallel_size:
+                    return death.reason
+                if death.replica not in lost:
+                    lost.add(death.replica)
+                    print(f"manta: warning: {death.reason}; the other replicas go on", file=sys.stderr, flush=True)
         return None
 
     def _timed(self, phase: str) -> "_Timed":

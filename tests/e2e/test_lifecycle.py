@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -100,6 +101,31 @@ def test_killed_worker_is_named_and_everything_ends() -> None:
     os.kill(worker, signal.SIGKILL)
     assert server.wait(60) == 1
     assert "worker 0 was killed by SIGKILL" in server.output
+    server.close()
+
+
+def test_a_killed_replica_costs_no_stream() -> None:
+    """Its sequences run on where the other replica has room; greedy fp32 text is what it would have been."""
+    server = ServerProcess(*LOCAL, "-dp", "2", "--dtype", "float32").wait_ready()
+    bodies = [
+        {"model": str(DEMO_MODEL), "prompt": prompt, "max_tokens": 600, "ignore_eos": True, "temperature": 0}
+        for prompt in ("a", "b", "c", "d")
+    ]
+
+    def complete(body: dict[str, object]) -> str:
+        answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=120).json()
+        return str(answer["choices"][0]["text"])
+
+    with ThreadPoolExecutor(len(bodies)) as clients:
+        running = [clients.submit(complete, body) for body in bodies]
+        tables = f"{server.url}/block_tables"
+        wait_until(lambda: {0, 1} <= {s["replica"] for s in httpx.get(tables).json()["sequences"]}, 30, "work on both")
+        worker = next(pid for pid, command in server.processes().items() if "manta.workers.main" in command)
+        os.kill(worker, signal.SIGKILL)
+        together = [answer.result() for answer in running]
+    server.wait_for("worker . was killed by SIGKILL; the other replicas go on", 10)
+    assert together == [complete(body) for body in bodies]
+    assert server.interrupt() == 0
     server.close()
 
 
