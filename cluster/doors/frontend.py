@@ -16,32 +16,39 @@ from manta.configs.schema import ServeConfig
 
 
 class Frontend:
-    """Runs in one event loop, as a process of its own or inside a Ray actor.
+    """Runs in one event loop, as a process of its own or inside a Ray actor. `config_json` is a ServeConfig.
 
-    `config_json` is a ServeConfig; `engine_address` is "host:port" of the engine's gRPC server.
+    What takes seconds and needs no engine is in `prepare`, which can run while the model loads.
     """
 
-    def __init__(self, config_json: str, engine_address: str) -> None:
+    def __init__(self, config_json: str) -> None:
         self._config = ServeConfig.model_validate_json(config_json)
-        self._engine_address = engine_address
+        self._tokenizer: Tokenizer | None = None
         self._client: Client | None = None
         self._server: DoorServer | None = None
 
-    async def start(self) -> dict[str, int]:
-        """Connects, loads the tokenizer and listens; returns the ports {"http": ..., "grpc": ...}.
+    async def prepare(self) -> None:
+        """Loads the tokenizer. Raises TokenizerError."""
+        if self._tokenizer is None:
+            self._tokenizer = await asyncio.to_thread(load_tokenizer, self._config)
+
+    async def start(self, engine_address: str, http_port: int, grpc_port: int) -> dict[str, int]:
+        """Connects to the engine at "host:port" and listens; a port of 0 takes a free one. Returns the ports
+        {"http": ..., "grpc": ...}.
 
         Raises TokenizerError, ModelError, PortError or EngineLostError.
         """
-        tokenizer = await asyncio.to_thread(load_tokenizer, self._config)
-        self._client = await EngineClient.connect(self._engine_address)
+        await self.prepare()
+        assert self._tokenizer is not None
+        config = self._config.model_copy(update={"port": http_port, "grpc_port": grpc_port})
+        self._client = await EngineClient.connect(engine_address)
         try:
-            return await self._open(tokenizer, self._client)
+            return await self._open(config, self._tokenizer, self._client)
         except BaseException:
             await self._client.close()
             raise
 
-    async def _open(self, tokenizer: Tokenizer, client: Client) -> dict[str, int]:
-        config = self._config
+    async def _open(self, config: ServeConfig, tokenizer: Tokenizer, client: Client) -> dict[str, int]:
         info = await client.info()
         limits = await asyncio.to_thread(read_limits, config, info.max_model_len)
         # Several frontends must not draw the same seeds.

@@ -44,12 +44,16 @@ class SchedulerActor:
 class FrontendActor:
     """HTTP and gRPC doors."""
 
-    async def start(self, config_json: str, scheduler: str) -> tuple[int, int]:
-        """Listens; returns the HTTP and the gRPC port."""
+    async def prepare(self, config_json: str) -> None:
+        """Does what needs no scheduler."""
         from manta.cluster.doors.frontend import Frontend
 
-        self._frontend = Frontend(config_json, scheduler)
-        ports = await self._frontend.start()
+        self._frontend = Frontend(config_json)
+        await self._frontend.prepare()
+
+    async def start(self, scheduler: str, http_port: int, grpc_port: int) -> tuple[int, int]:
+        """Listens; returns the HTTP and the gRPC port."""
+        ports = await self._frontend.start(scheduler, http_port, grpc_port)
         return ports["http"], ports["grpc"]
 
     async def stop(self, grace_s: float) -> None:

@@ -25,7 +25,8 @@ class FrontendAddress:
 
 
 class Launcher(Protocol):
-    """Starts processes in the order workers, scheduler, frontends; ends them in the reverse one."""
+    """Starts workers and frontends, then the scheduler, then opens the doors; ends all in the order frontends,
+    scheduler, workers."""
 
     def start_workers(self, config: ServeConfig) -> list[list[str]]:
         """Starts the ranks of every replica, pp-major; returns the gRPC addresses, a list per replica."""
@@ -35,8 +36,12 @@ class Launcher(Protocol):
         """Starts the scheduler, which loads the model on the workers; returns its gRPC address."""
         ...
 
-    def start_frontends(self, config: ServeConfig, scheduler: str) -> FrontendAddress:
-        """Starts the frontends; they share one pair of ports."""
+    def prepare_frontends(self, config: ServeConfig) -> None:
+        """Starts the frontend processes, which get ready on their own while the model loads."""
+        ...
+
+    def open_frontends(self, config: ServeConfig, scheduler: str) -> FrontendAddress:
+        """Lets the frontends connect and listen; they share one pair of ports."""
         ...
 
     def deaths(self) -> list[Death]:

@@ -48,13 +48,15 @@ class LocalLauncher:
         self._schedulers.append(child)
         return child.wait_for_address(_LOAD_TIMEOUT_S)
 
-    def start_frontends(self, config: ServeConfig, scheduler: str) -> FrontendAddress:
-        address = FrontendAddress(config.port, config.grpc_port)
+    def prepare_frontends(self, config: ServeConfig) -> None:
+        args = ["--config-json", config.model_dump_json(), *_parent()]
         for index in range(config.api_server_count):
-            taken = config.model_copy(update={"port": address.http_port, "grpc_port": address.grpc_port})
-            args = ["--config-json", taken.model_dump_json(), "--engine", scheduler, *_parent()]
-            child = ChildProcess(f"frontend {index}", "manta.cluster.doors.main", args)
-            self._frontends.append(child)
+            self._frontends.append(ChildProcess(f"frontend {index}", "manta.cluster.doors.main", args))
+
+    def open_frontends(self, config: ServeConfig, scheduler: str) -> FrontendAddress:
+        address = FrontendAddress(config.port, config.grpc_port)
+        for child in self._frontends:
+            child.tell(f"{scheduler} {address.http_port} {address.grpc_port}")
             http, grpc = child.wait_for_address(_SPAWN_TIMEOUT_S).split()
             address = FrontendAddress(int(http.rsplit(":", 1)[1]), int(grpc.rsplit(":", 1)[1]))
         return address

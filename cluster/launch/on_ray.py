@@ -48,6 +48,7 @@ class RayLauncher:
         self._workers: list[Any] = []
         self._scheduler: Any = None
         self._frontends: list[Any] = []
+        self._prepared: list[Any] = []
         self._lifelines: dict[Any, tuple[str, int | None]] = {}  # never-ending call of an actor -> its name, replica
 
     def start_workers(self, config: ServeConfig) -> list[list[str]]:
@@ -81,15 +82,19 @@ class RayLauncher:
         address: str = _get(call, _LOAD_TIMEOUT_S, "the scheduler")
         return address
 
-    def start_frontends(self, config: ServeConfig, scheduler: str) -> FrontendAddress:
-        address = FrontendAddress(config.port, config.grpc_port)
+    def prepare_frontends(self, config: ServeConfig) -> None:
         for index in range(config.api_server_count):
             actor = _FRONTEND.options(num_cpus=0, scheduling_strategy=_here()).remote()
             self._frontends.append(actor)
             self._lifelines[actor.stay.remote()] = (f"frontend {index}", None)
-            taken = config.model_copy(update={"port": address.http_port, "grpc_port": address.grpc_port})
-            call = actor.start.remote(taken.model_dump_json(), scheduler)
-            address = FrontendAddress(*_get(call, _ACTOR_TIMEOUT_S, f"frontend {index}"))
+            self._prepared.append(actor.prepare.remote(config.model_dump_json()))
+
+    def open_frontends(self, config: ServeConfig, scheduler: str) -> FrontendAddress:
+        _get(self._prepared, _ACTOR_TIMEOUT_S, "the frontends")
+        address = FrontendAddress(config.port, config.grpc_port)
+        for actor in self._frontends:
+            call = actor.start.remote(scheduler, address.http_port, address.grpc_port)
+            address = FrontendAddress(*_get(call, _ACTOR_TIMEOUT_S, "a frontend"))
         return address
 
     def deaths(self) -> list[Death]:

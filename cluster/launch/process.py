@@ -29,7 +29,7 @@ class ChildProcess:
         self._error: str | None = None
         self._process = subprocess.Popen(
             [sys.executable, "-m", module, *args],
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             env=os.environ | (env or {}) | {"PYTHONUNBUFFERED": "1"},
@@ -53,6 +53,13 @@ class ChildProcess:
             self._process.wait(timeout=10)
             raise LaunchError(self._why_ended())
         return reply
+
+    def tell(self, line: str) -> None:
+        """Writes a line to the child's standard input. A child that has ended does not hear it; others notice."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(line + "\n")
+            self._process.stdin.flush()
 
     def ended(self) -> str | None:
         """One sentence if the child has ended by itself."""

@@ -81,10 +81,11 @@ class Supervisor:
     def _bring_up(self, launcher: Launcher) -> tuple[str, FrontendAddress]:
         with self._timed("processes"):
             workers = launcher.start_workers(self._config)
+            launcher.prepare_frontends(self._config)
         with self._timed("model"):
             scheduler = launcher.start_scheduler(self._config, workers)
         with self._timed("frontends"):
-            address = launcher.start_frontends(self._config, scheduler)
+            address = launcher.open_frontends(self._config, scheduler)
         self._phases["total"] = time.perf_counter() - self._started_s
         return scheduler, address
 

@@ -79,7 +79,8 @@ def test_second_ctrl_c_and_sigterm_end_it() -> None:
     server = ServerProcess(*LOCAL, "--shutdown-timeout", "600").wait_ready()
     body = {"model": str(DEMO_MODEL), "prompt": "a", "max_tokens": 1800, "ignore_eos": True, "stream": True}
     with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as response:
-        next(response.iter_lines())
+        lines = response.iter_lines()  # held: an iterator that is dropped closes the connection
+        next(lines)
         server.signal(signal.SIGTERM)
         server.wait_for("draining", 10)
         server.signal(signal.SIGINT)

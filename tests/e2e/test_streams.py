@@ -85,7 +85,8 @@ def test_disconnects_free_their_blocks(server: ServerProcess) -> None:
     body = {"model": "text2sql", "prompt": "a", "max_tokens": 1500, "ignore_eos": True, "stream": True}
     for _ in range(3):
         with httpx.stream("POST", f"{server.url}/v1/completions", json=body) as response:
-            next(response.iter_lines())
+            lines = response.iter_lines()  # held: an iterator that is dropped closes the connection
+            next(lines)
             assert not _is_whole(server)
         wait_until(lambda: _is_whole(server), 10, "the abort of a request whose client has gone")
 
@@ -95,9 +96,11 @@ def test_block_tables_show_who_holds_what(server: ServerProcess) -> None:
     body = {"model": "text2sql", "prompt": prompt, "max_tokens": 1500, "ignore_eos": True, "stream": True}
     headers = ({"X-Request-Id": "first"}, {"X-Request-Id": "second"})
     with httpx.stream("POST", f"{server.url}/v1/completions", json=body, headers=headers[0]) as one:
-        next(one.iter_lines())
+        lines = one.iter_lines()
+        next(lines)
         with httpx.stream("POST", f"{server.url}/v1/completions", json=body, headers=headers[1]) as two:
-            next(two.iter_lines())
+            more_lines = two.iter_lines()
+            next(more_lines)
             tables = httpx.get(f"{server.url}/block_tables").json()["sequences"]
             picture = httpx.get(f"{server.url}/block_tables", params={"format": "text"}).text
     held = [set(sequence["blocks"]) for sequence in tables]

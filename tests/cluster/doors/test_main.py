@@ -44,9 +44,13 @@ def engine_address() -> Iterator[str]:
 
 def start(engine_address: str, model_folder: Path, **fields: Any) -> subprocess.Popen[str]:
     config = {"model": str(model_folder), "host": "127.0.0.1", "port": 0, "grpc_port": 0, "shutdown_timeout": 1.0}
-    arguments = ["--config-json", json.dumps(config | fields), "--engine", engine_address]
-    command = [sys.executable, "-m", "manta.cluster.doors.main", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "manta.cluster.doors.main", "--config-json", json.dumps(config | fields)]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+    assert process.stdin is not None
+    process.stdin.write(f"{engine_address} {fields.get('port', 0)} 0\n")
+    process.stdin.flush()
+    return process
 
 
 def test_serves_until_sigterm(engine_address: str, model_folder: Path) -> None:
