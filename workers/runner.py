@@ -76,6 +76,7 @@ class Runner:
         """Whether this rank is the one that answers steps."""
         return self._mesh.is_last_stage and self._mesh.tp_rank == 0
 
+    @torch.inference_mode()  # the token table's memory comes from `run` and may only be written so
     def clear(self) -> None:
         """Frees every slot, for a new epoch."""
         self._feedback.drain()
