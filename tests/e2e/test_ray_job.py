@@ -2,10 +2,12 @@
 
 import os
 import re
+import secrets
 import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import pytest
@@ -22,9 +24,12 @@ sys.stdin.read()
 
 
 @pytest.fixture
-def dashboard() -> Iterator[str]:
-    """A Ray cluster of its own with a job server; ends with its standard input."""
+def dashboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A Ray cluster of its own with a job server and token authentication; ends with its standard input."""
     tag = uuid.uuid4().hex
+    (tmp_path / "token").write_text(secrets.token_hex(32))
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
     env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"MANTA_TEST_TAG": tag}
     cluster = subprocess.Popen(
         [sys.executable, "-c", _CLUSTER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env, cwd=ROOT
@@ -65,6 +70,6 @@ def test_job_serves_and_stops(dashboard: str) -> None:
     assert answer.json()["usage"]["completion_tokens"] <= 5
 
     _ray("job", "stop", "--address", dashboard, job)
-    wait_until(lambda: "STOPPED" in _ray("job", "status", "--address", dashboard, job), 60, "the end of the job")
+    wait_until(lambda: "was stopped" in _ray("job", "status", "--address", dashboard, job), 60, "the end of the job")
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{found.group(1)}/health")
