@@ -79,5 +79,8 @@ def test_readme_flags_exist() -> None:
     known = set()
     for command in ("serve", "chat", "complete", "top"):
         known |= set(re.findall(r"--[a-z][a-z-]+", _manta(command, "--help").stdout))
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", " ".join(_readme_blocks("sh")))) - {"--head", "--address"}
-    assert named - {"--working-dir"} <= known
+    lines = "".join(_readme_blocks("sh")).splitlines()
+    ours = [line.rpartition("manta ")[2] for line in lines if "manta " in line]
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", " ".join(ours)))
+    assert "--config" in named
+    assert named <= known
