@@ -126,6 +126,31 @@ def test_paged_attention(
     assert close(out, reference.paged_attention(q, keys, values, metadata, dim**-0.5, window))
 
 
+@pytest.mark.parametrize("max_values", [1, 600, 5000])
+def test_sdpa_attention_in_turns(max_values: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No tensor of keys or scores has more values than it may, whatever the step; the result stays the same."""
+    num_heads, dim = 4, 8
+    sizes: list[tuple[int, int, int]] = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def measured(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        sizes.append((q.shape[0], q.shape[2], num_heads * k.shape[2]))
+        return attend(q, k, v, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", measured)
+    monkeypatch.setattr(paged_attention_sdpa, "MAX_VALUES", max_values)
+    sequences = PagedSequences(8, num_blocks=40)
+    sequences.step([(0, 30), (1, 1), (2, 16)])
+    metadata = sequences.step([(0, 1), (1, 1), (2, 1), (3, 33), (4, 17), (5, 1)])
+    keys, values = torch.randn(40, 2, 8, dim), torch.randn(40, 2, 8, dim)
+    q = torch.randn(54, num_heads * dim)
+    out = paged_attention_sdpa.paged_attention(q, keys, values, metadata, 0.3, 20)
+    assert close(out, reference.paged_attention(q, keys, values, metadata, 0.3, 20))
+    for num_rows, num_queries, num_keys in sizes:
+        assert num_rows == 1 or num_rows * num_keys * dim <= 2 * max_values  # the last block may be half full
+        assert num_queries == 1 or num_rows * num_queries * num_keys <= max_values
+
+
 def test_attention_of_large_scores_does_not_overflow() -> None:
     metadata = PagedSequences(8, num_blocks=9).step([(0, 40)])
     keys, values = torch.randn(9, 1, 8, 16) * 100, torch.randn(9, 1, 8, 16)
