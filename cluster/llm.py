@@ -19,7 +19,7 @@ from manta.cluster.engine.batch import Batch, Job
 from manta.cluster.engine.outputs import RequestMetrics, RequestOutput
 from manta.cluster.engine.thread import EngineThread
 from manta.cluster.engine.types import GenerationRequest, resolve_sampling
-from manta.cluster.launch.local import LocalLauncher, num_local_gpus
+from manta.cluster.launch.local import LocalLauncher, local_gpus
 from manta.configs.sampling import SamplingParams
 from manta.configs.schema import ServeConfig
 
@@ -45,9 +45,7 @@ class LLM:
             raise ValueError(
                 "LLM runs on this host: distributed_executor_backend must be 'local'; serve with Ray instead"
             )
-        spec = preflight.check(
-            self.config, on_gpu=self.config.device != "cpu" and num_local_gpus() > 0, ports=False
-        ).spec
+        spec = preflight.check(self.config, on_gpu=self.config.device != "cpu" and bool(local_gpus()), ports=False).spec
         launcher = LocalLauncher()
         stop_workers = weakref.finalize(self, launcher.stop, _WORKER_GRACE_S)
         self._close: Callable[[], object] = stop_workers

@@ -62,6 +62,7 @@ def cpu_worker_env(num_threads: int) -> dict[str, str]:
     """Environment of a worker that computes on the CPU; OpenMP reads it when torch is loaded.
 
     Threads that wait must sleep rather than spin: on a host with other work (a browser is enough) a spinning barrier
-    burns the time slice the last thread needs, and a step that takes 7 ms took 150 ms.
+    burns the time slice the last thread needs, and a step that takes 7 ms took 150 ms. No GPU is visible: a worker
+    takes one where it sees one.
     """
-    return {"OMP_NUM_THREADS": str(num_threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    return {"OMP_NUM_THREADS": str(num_threads), "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": ""}

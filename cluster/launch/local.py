@@ -1,6 +1,7 @@
 """Plain processes on this host: how a notebook, one GPU box and a machine without Ray run Manta."""
 
 import os
+from itertools import takewhile
 from pathlib import Path
 
 from manta.cluster.launch.launcher import Death, FrontendAddress, LaunchError, cores_per_worker, cpu_worker_env
@@ -12,9 +13,14 @@ _LOAD_TIMEOUT_S = 3600.0  # reading the weights of a large model from a slow dis
 _END_TIMEOUT_S = 5.0
 
 
-def num_local_gpus() -> int:
-    """CUDA devices of this host, without importing torch."""
-    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+def local_gpus(host_gpus: Path = Path("/proc/driver/nvidia/gpus")) -> list[str]:
+    """CUDA devices this process may use, as CUDA_VISIBLE_DEVICES names them; without importing torch."""
+    num_gpus = len(list(host_gpus.glob("*")))
+    allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not num_gpus or allowed is None:
+        return [str(index) for index in range(num_gpus)]
+    names = [name.strip() for name in allowed.split(",")]
+    return list(takewhile(lambda name: name not in ("", "-1"), names))  # CUDA, too, stops at the first invalid one
 
 
 class LocalLauncher:
@@ -29,13 +35,13 @@ class LocalLauncher:
     def start_workers(self, config: ServeConfig) -> list[list[str]]:
         self._num_ranks = config.num_ranks
         num_workers = config.num_ranks * config.data_parallel_size
-        num_gpus = num_local_gpus() if config.device != "cpu" else 0
-        if config.device == "cuda" and num_gpus < num_workers:
-            raise LaunchError(f"{num_workers} GPUs are needed and this host has {num_gpus}; lower the parallel sizes")
-        use_gpus = num_gpus >= num_workers
+        gpus = local_gpus() if config.device != "cpu" else []
+        if config.device == "cuda" and len(gpus) < num_workers:
+            raise LaunchError(f"{num_workers} GPUs are needed and this host has {len(gpus)}; lower the parallel sizes")
+        use_gpus = len(gpus) >= num_workers
         cpu_env = cpu_worker_env(cores_per_worker(os.cpu_count() or 1, num_workers))
         for rank in range(num_workers):
-            env = {"CUDA_VISIBLE_DEVICES": str(rank)} if use_gpus else cpu_env
+            env = {"CUDA_VISIBLE_DEVICES": gpus[rank]} if use_gpus else cpu_env
             self._workers.append(ChildProcess(f"worker {rank}", "manta.workers.main", ["--port", "0", *_parent()], env))
         addresses = [worker.wait_for_address(_SPAWN_TIMEOUT_S) for worker in self._workers]
         ranks = config.num_ranks

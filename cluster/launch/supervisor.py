@@ -62,9 +62,9 @@ class Supervisor:
 
     def _connect(self) -> Launcher:
         if self._config.distributed_executor_backend == "local":
-            from manta.cluster.launch.local import LocalLauncher, num_local_gpus
+            from manta.cluster.launch.local import LocalLauncher, local_gpus
 
-            self._check(on_gpu=num_local_gpus() > 0)
+            self._check(on_gpu=bool(local_gpus()))
             return LocalLauncher()
         self._check(on_gpu=True)  # host memory is checked again once Ray says whether there are GPUs
         from manta.cluster.launch import on_ray

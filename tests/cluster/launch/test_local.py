@@ -1,0 +1,67 @@
+"""Which device each plain worker process is given."""
+
+from pathlib import Path
+
+import pytest
+
+from manta.cluster.launch import local
+from manta.cluster.launch.launcher import LaunchError
+from manta.cluster.launch.local import LocalLauncher, local_gpus
+from manta.configs.schema import ServeConfig
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "allowed", "expected"),
+    [
+        (0, None, []),
+        (0, "0", []),
+        (3, None, ["0", "1", "2"]),
+        (4, "3,1", ["3", "1"]),
+        (4, "GPU-8a2b, GPU-91c0", ["GPU-8a2b", "GPU-91c0"]),
+        (4, "", []),
+        (4, "2,-1,3", ["2"]),
+    ],
+)
+def test_gpus_are_those_this_process_may_use(
+    num_gpus: int, allowed: str | None, expected: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for index in range(num_gpus):
+        (tmp_path / f"0000:{index:02x}:00.0").mkdir()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if allowed is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", allowed)
+    assert local_gpus(tmp_path) == expected
+
+
+@pytest.fixture
+def visible(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
+    """CUDA_VISIBLE_DEVICES of each worker that is started; the host has GPUs 2 and 5."""
+    started: list[str | None] = []
+
+    class Child:
+        def __init__(self, name: str, module: str, args: list[str], env: dict[str, str]) -> None:
+            started.append(env.get("CUDA_VISIBLE_DEVICES"))
+
+        def wait_for_address(self, timeout_s: float) -> str:
+            return "here:1"
+
+    monkeypatch.setattr(local, "ChildProcess", Child)
+    monkeypatch.setattr(local, "local_gpus", lambda: ["2", "5"])
+    return started
+
+
+def test_each_worker_gets_a_gpu_of_its_own(visible: list[str | None]) -> None:
+    LocalLauncher().start_workers(ServeConfig(model="m", tensor_parallel_size=2))
+    assert visible == ["2", "5"]
+
+
+@pytest.mark.parametrize("config", [{"device": "cpu"}, {"tensor_parallel_size": 3}], ids=["wanted", "too few GPUs"])
+def test_workers_on_the_cpu_see_no_gpu(config: dict[str, object], visible: list[str | None]) -> None:
+    LocalLauncher().start_workers(ServeConfig.model_validate({"model": "m"} | config))
+    assert set(visible) == {""}
+
+
+def test_too_few_gpus_are_an_error_when_they_were_asked_for(visible: list[str | None]) -> None:
+    with pytest.raises(LaunchError, match="3 GPUs are needed and this host has 2"):
+        LocalLauncher().start_workers(ServeConfig(model="m", device="cuda", data_parallel_size=3))
+    assert not visible
