@@ -40,7 +40,7 @@ class LLM:
     def __init__(self, model: str, *, skip_tokenizer_init: bool = False, **config: Any) -> None:
         """With `skip_tokenizer_init` prompts are token ids and texts stay empty."""
         config.setdefault("distributed_executor_backend", "local")
-        self.config = ServeConfig.model_validate({"model": model} | config)
+        self.config = preflight.with_absolute_paths(ServeConfig.model_validate({"model": model} | config))
         if self.config.distributed_executor_backend != "local":
             raise ValueError(
                 "LLM runs on this host: distributed_executor_backend must be 'local'; serve with Ray instead"

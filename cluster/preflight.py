@@ -32,6 +32,17 @@ def check(config: ServeConfig, *, on_gpu: bool, ports: bool = True) -> ModelFact
     return facts
 
 
+def with_absolute_paths(config: ServeConfig) -> ServeConfig:
+    """Other processes have other working directories, and not all who read a path know `~`. The name clients use stays
+    what the user typed."""
+    update = {"served_model_name": config.model_name}
+    for name in ("model", "tokenizer", "chat_template"):
+        value = getattr(config, name)
+        if value and _exists(value):
+            update[name] = str(Path(value).expanduser().resolve())
+    return config.model_copy(update=update)
+
+
 def read_model(config: ServeConfig) -> ModelFacts:
     """Finds the folder (fetching only the small files of a hub id) and reads its config.json."""
     try:
@@ -126,6 +137,13 @@ def available_memory_bytes() -> int:
     except OSError:
         return 0
     return 0
+
+
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).expanduser().exists()
+    except OSError:  # a chat template that is given as text and longer than any name of a file
+        return False
 
 
 def _fetch_config(model: str) -> Path:

@@ -4,20 +4,18 @@ import signal
 import sys
 import threading
 import time
-from pathlib import Path
 from types import FrameType
 
 import grpc
 
 from manta.cluster.launch.launcher import FrontendAddress, Launcher
 from manta.cluster.launch.ready import ready_block
-from manta.cluster.preflight import check
+from manta.cluster.preflight import check, with_absolute_paths
 from manta.configs.schema import ServeConfig
 from manta.protos import engine_pb2, engine_pb2_grpc
 
 _WATCH_INTERVAL_S = 0.25
 _INFO_TIMEOUT_S = 10.0
-_LONGEST_PATH = 4096  # a chat template may be given as text
 
 
 class _Interrupted(BaseException):
@@ -28,7 +26,7 @@ class Supervisor:
     """One deployment from start to end. The first Ctrl-C or SIGTERM drains; a second one cuts."""
 
     def __init__(self, config: ServeConfig) -> None:
-        self._config = _with_absolute_paths(config)
+        self._config = with_absolute_paths(config)
         self._stop = threading.Event()
         self._is_up = False
         self._phases: dict[str, float] = {}
@@ -131,16 +129,6 @@ class Supervisor:
 
             if ray.is_initialized():
                 ray.shutdown()
-
-
-def _with_absolute_paths(config: ServeConfig) -> ServeConfig:
-    """Other processes have other working directories. The name clients use stays what the user typed."""
-    update: dict[str, str] = {"served_model_name": config.model_name}
-    for name in ("model", "tokenizer", "chat_template"):
-        value = getattr(config, name)
-        if value and len(value) < _LONGEST_PATH and Path(value).expanduser().exists():
-            update[name] = str(Path(value).expanduser().resolve())
-    return config.model_copy(update=update)
 
 
 class _Timed:

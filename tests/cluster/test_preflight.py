@@ -99,3 +99,20 @@ def test_port_in_use(tmp_path: Path) -> None:
         config = ServeConfig(model=_folder(tmp_path), host="127.0.0.1", port=port, grpc_port=0)
         with pytest.raises(PreflightError, match=f"--port {port} cannot be used"):
             check(config, on_gpu=False)
+
+
+def test_paths_become_absolute_and_names_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _folder(tmp_path / "model")
+    (tmp_path / "chat.jinja").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = ServeConfig(model="~/model", tokenizer="org/name", chat_template="chat.jinja")
+    resolved = preflight.with_absolute_paths(config)
+    assert (resolved.model, resolved.tokenizer) == (str(tmp_path / "model"), "org/name")
+    assert resolved.chat_template == str(tmp_path / "chat.jinja")
+    assert resolved.model_name == "~/model"
+
+
+def test_a_chat_template_as_text_is_no_path() -> None:
+    text = "{% for message in messages %}" + "{{ message.content }}" * 20 + "{% endfor %}"
+    assert preflight.with_absolute_paths(ServeConfig(model="org/name", chat_template=text)).chat_template == text
