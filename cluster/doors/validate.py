@@ -157,8 +157,10 @@ class Validator:
 
     async def _encode_all(self, sources: list[Prompt], keep: int | None, ask: Ask) -> list[list[int]]:
         add_special_tokens = check_bool(ask.add_special_tokens, "add_special_tokens")
-        prompts = []
+        prompts: list[list[int]] = []
         for prompt in sources:
+            if prompts:
+                await asyncio.sleep(0)  # between the prompts of a large call the streams of others go on
             if isinstance(prompt, str):
                 self._check_characters(prompt, keep, ask.prompt_param)
                 token_ids = await self.encode(prompt, add_special_tokens)

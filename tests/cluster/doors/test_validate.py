@@ -143,6 +143,23 @@ def test_long_texts_are_tokenized_in_a_thread(monkeypatch: pytest.MonkeyPatch) -
     assert [thread is threading.main_thread() for thread in threads] == [True, False]
 
 
+def test_many_prompts_leave_the_event_loop_to_others() -> None:
+    turns = 0
+
+    async def work() -> None:
+        nonlocal turns
+        limits = ModelLimits("tiny", VOCAB_SIZE, 100)
+        resolving = asyncio.create_task(
+            Validator(limits, TOKENIZER, random.Random(0)).resolve(Ask(prompt=["abc"] * 50, sampling={}), "id")
+        )
+        while not resolving.done():
+            turns += 1
+            await asyncio.sleep(0)
+
+    asyncio.run(work())
+    assert turns >= 50
+
+
 def test_every_field_is_in_one_place_only() -> None:
     assert not COMPLETION & IGNORED
     assert not (COMPLETION | IGNORED) & NOT_SUPPORTED.keys()
