@@ -15,7 +15,7 @@ from manta.configs.model import ModelSpec
 from manta.configs.schema import ServeConfig
 from manta.protos import engine_pb2 as pb
 from manta.scheduler.scheduler import Scheduler
-from manta.scheduler.types import QueueFullError, RefusedError
+from manta.scheduler.types import QueueFullError
 
 logger = logging.getLogger(__name__)
 
@@ -56,18 +56,25 @@ class Engine:
         ]
         self._tasks: list[asyncio.Task[None]] = []
         self._draining = False
+        self._all_lost = asyncio.Event()
 
     def start(self) -> None:
         """Starts the step loops on the running event loop."""
         self._tasks = [asyncio.create_task(self._serve(loop)) for loop in self._loops]
 
     async def stop(self) -> None:
-        """Ends the step loops and the channels; open requests end with an error."""
+        """Ends the step loops and the channels; open requests end with an error, and new ones are refused."""
+        self._draining = True
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._publisher.fail_all("the engine is shutting down")
         await self.deployment.close()
+
+    async def lost(self) -> str:
+        """Returns the reason once no replica is left: nothing can be served from then on."""
+        await self._all_lost.wait()
+        return str(self._loops[0].lost_reason)
 
     def open_frontend(self) -> Frontend:
         return self._publisher.open_frontend()
@@ -89,7 +96,7 @@ class Engine:
             except QueueFullError as error:
                 retry_after_s = min(max(publisher.recent_queue_s, _MIN_RETRY_AFTER_S), _MAX_RETRY_AFTER_S)
                 refused = pb.Refused(code=pb.Refused.QUEUE_FULL, message=str(error), retry_after_s=retry_after_s)
-            except RefusedError as error:
+            except ValueError as error:  # RefusedError, or columns that are no whole number of tokens
                 refused = pb.Refused(code=pb.Refused.INVALID, message=str(error))
         if refused is not None:
             refused.handle = submit.handle
@@ -174,6 +181,7 @@ class Engine:
             for request_id in self._publisher.open_request_ids():
                 self.scheduler.abort(request_id)
             self._publisher.fail_all(f"no replica is left: {reason}")
+            self._all_lost.set()
 
     def _give_up(self, reason: str) -> None:
         """After a bug nothing that the scheduler holds can be trusted, and no request may hang for it."""
@@ -183,6 +191,7 @@ class Engine:
             if task is not asyncio.current_task():
                 task.cancel()
         self._publisher.fail_all(reason)
+        self._all_lost.set()
 
     def _refusal(self) -> pb.Refused | None:
         if self._draining:

@@ -10,7 +10,6 @@ import gc
 import logging
 import signal
 import sys
-from collections.abc import Callable
 from contextlib import suppress
 
 import grpc.aio
@@ -37,14 +36,12 @@ class SchedulerServer:
         worker_addresses: list[list[str]],
         host: str = "127.0.0.1",
         port: int = 0,
-        on_replica_lost: Callable[[int, str], None] | None = None,
     ) -> None:
         """worker_addresses: per replica, in rank order. Raises pydantic.ValidationError for a bad configuration."""
         self._config = ServeConfig.model_validate_json(config_json)
         self._worker_addresses = worker_addresses
         self._host = host
         self._port = port
-        self._on_replica_lost = on_replica_lost
         self._engine: Engine | None = None
         self._server: grpc.aio.Server | None = None
 
@@ -52,12 +49,17 @@ class SchedulerServer:
         """Returns "host:port". Raises WorkerError, BringUpError or PreflightError with one sentence for the user."""
         spec = read_model(self._config).spec
         deployment = await bring_up(self._config, spec, self._worker_addresses)
-        self._engine = Engine(self._config, spec, deployment, on_replica_lost=self._on_replica_lost)
+        self._engine = Engine(self._config, spec, deployment)
         self._engine.start()
         self._server, address = await serve(self._engine, self._host, self._port)
         gc.collect()
         gc.freeze()  # what exists now lives as long as the process: collections need not look at it
         return address
+
+    async def lost(self) -> str:
+        """Once started: returns the reason when no replica is left."""
+        assert self._engine is not None
+        return await self._engine.lost()
 
     async def stop(self) -> None:
         """Ends the step loops, then the streams. May be called twice."""
@@ -75,7 +77,7 @@ def parse_workers(text: str) -> list[list[str]]:
 
 
 async def run(args: argparse.Namespace) -> int:
-    """Serves until SIGTERM, SIGINT or the parent's end; returns the exit code."""
+    """Serves until SIGTERM, SIGINT, the parent's end or the loss of all replicas; returns the exit code."""
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
@@ -86,7 +88,11 @@ async def run(args: argparse.Namespace) -> int:
         await asyncio.wait([starting, *waits], return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
             print(f"MANTA_ADDRESS {starting.result()}", flush=True)
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            lost = asyncio.create_task(server.lost())
+            await asyncio.wait([lost, *waits], return_when=asyncio.FIRST_COMPLETED)
+            if lost.done():
+                print(f"MANTA_ERROR no replica is left: {lost.result()}", flush=True)
+                return 1
     except (WorkerError, BringUpError, PreflightError) as error:
         print(f"MANTA_ERROR {error}", flush=True)
         return 1

@@ -25,20 +25,25 @@ class WorkerActor:
 class SchedulerActor:
     """The scheduler of one served model and its step loops."""
 
+    def __init__(self) -> None:
+        self._started = asyncio.Event()
+
     async def start(self, config_json: str, workers: list[list[str]]) -> str:
         """Loads the model on the workers, starts the step loops, returns the address frontends connect to."""
         from manta.cluster.engine.main import SchedulerServer
 
         self._server = SchedulerServer(config_json, workers, host=ray.util.get_node_ip_address())
         address: str = await self._server.start()
+        self._started.set()
         return address
 
     async def stop(self) -> None:
         await self._server.stop()
 
     async def stay(self) -> None:
-        """Never returns, as WorkerActor.stay."""
-        await asyncio.Event().wait()
+        """As WorkerActor.stay; fails, too, when there is nothing left to schedule for."""
+        await self._started.wait()
+        raise RuntimeError(f"no replica is left: {await self._server.lost()}")
 
 
 class FrontendActor:

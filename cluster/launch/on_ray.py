@@ -105,6 +105,8 @@ class RayLauncher:
         name, replica = self._lifelines[call]
         try:
             ray.get(call, timeout=1)
+        except RayTaskError as error:  # of an actor that lives and says itself what is wrong
+            return Death(_first_line(error.cause), replica)
         except RayError as error:
             return Death(f"{name} has died: {_first_line(error)}", replica)
         return Death(f"{name} has ended", replica)

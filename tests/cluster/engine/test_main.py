@@ -13,8 +13,9 @@ import pytest
 
 from manta.cluster.engine.client import EngineClient
 from manta.cluster.engine.main import SchedulerServer, parse_workers
+from manta.protos import worker_pb2 as pb
 from tests.support.fake_deployment import collect, fake_config, request, run
-from tests.support.fake_worker_server import VOCAB_SIZE, FakeWorkerServer, fake_tokens
+from tests.support.fake_worker_server import VOCAB_SIZE, FakeWorker, FakeWorkerServer, fake_tokens
 
 
 @pytest.fixture
@@ -71,6 +72,29 @@ def test_a_failed_start_is_one_line(config_json: str) -> None:
         async with scheduler_process(config_json, address) as process:
             assert await first_line(process) == f"MANTA_ERROR worker rank 0 at {address}: no tensor 'x'"
             assert await process.wait() == 1
+        await worker.stop()
+
+    run(test())
+
+
+def test_it_ends_when_no_replica_is_left(config_json: str) -> None:
+    """The worker's process lives on, so that nobody but the scheduler can know."""
+
+    class Broken(FakeWorker):
+        async def _step(self, plan: pb.StepPlan) -> pb.StepResult:
+            return pb.StepResult(epoch=plan.epoch, step=plan.step, error="out of memory")
+
+    async def test() -> None:
+        worker = FakeWorkerServer(Broken())
+        address = await worker.start()
+        async with scheduler_process(config_json, address) as process:
+            client = await EngineClient.connect((await first_line(process)).split()[1])
+            _, last = await collect(client.generate(request([1, 2], 10)))
+            reason = f"no replica is left: worker rank 0 at {address}: out of memory (3 times in a row)"
+            assert (last.finish_reason, last.error) == ("error", reason)
+            assert await first_line(process) == f"MANTA_ERROR {reason}"
+            assert await process.wait() == 1
+            await client.close()
         await worker.stop()
 
     run(test())
