@@ -69,6 +69,7 @@ class Supervisor:
 
         with self._timed("ray"):
             on_ray.connect(self._config)
+        self._handle_signals()  # again: Ray's own handler of SIGTERM would end this process in the midst of streams
         if not on_ray.has_gpus():
             self._check(on_gpu=False)
         return on_ray.RayLauncher()

@@ -1,5 +1,6 @@
 """One real server on a local Ray cluster for all end-to-end tests of this folder: fp32, so that results are exact."""
 
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -15,5 +16,7 @@ def server() -> Iterator[ServerProcess]:
     )  # fmt: skip
     try:
         yield process.wait_ready()
+        process.signal(signal.SIGTERM)
+        assert process.wait(60) == 0  # drained; Ray's own handler of SIGTERM would have ended it with another code
     finally:
         process.close()
