@@ -111,7 +111,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--base-url", default="http://127.0.0.1:8000/v1")
     parser.add_argument("--model", help="model name to ask for; the server's first one unless given")
     parser.add_argument("--local", type=Path, metavar="FOLDER", help="run this model folder with transformers instead")
-    parser.add_argument("--count", type=int, default=212, help="questions of each of the three held-out splits")
+    parser.add_argument("--count", type=int, default=318, help="questions of each of the three held-out splits")
     parser.add_argument("--seed", type=int, default=1234)
     parser.add_argument("--concurrency", type=int, default=16)
     parser.add_argument("--min-accuracy", type=float, default=0.9)
