@@ -12,6 +12,7 @@ import torch
 
 from manta.configs.model import ModelSpec, read_model_spec
 from manta.configs.schema import ServeConfig
+from manta.kernels import ops
 from manta.workers.capacity import GpuMemory, num_cpu_blocks, num_gpu_blocks
 from manta.workers.host_memory import available_memory_bytes
 from manta.workers.limits import Limits
@@ -64,6 +65,7 @@ class LoadedRank:
         config, spec = self.config, self.spec
         kv_cache = allocate_kv_cache(self.model, num_blocks, config.block_size, self.dtype, self.mesh.device)
         hidden = HiddenShape(spec.hidden_size, self.dtype)
+        ops.warm_up(self.dtype, self.mesh.device)
         run_small_steps(self.model, self.mesh, kv_cache, config, hidden)
         limits = Limits(
             num_blocks=num_blocks,
