@@ -63,7 +63,6 @@ class ModelSpec(BaseModel):
     tie_word_embeddings: bool
     dtype: DType
     eos_token_ids: tuple[int, ...]
-    bos_token_id: int | None
 
     @property
     def num_weights(self) -> int:
@@ -72,10 +71,6 @@ class ModelSpec(BaseModel):
         layer = attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
         return embeddings + self.num_layers * layer + self.hidden_size
-
-    def kv_bytes_per_token(self, dtype_bytes: int) -> int:
-        """K and V of one token over all layers and KV heads."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * dtype_bytes
 
 
 def read_model_spec(folder: Path) -> ModelSpec:
@@ -125,7 +120,6 @@ def parse_model_spec(config: dict[str, Any], generation: dict[str, Any]) -> Mode
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
             dtype=_dtype(config),
             eos_token_ids=_token_ids(generation.get("eos_token_id", config.get("eos_token_id"))),
-            bos_token_id=next(iter(_token_ids(config.get("bos_token_id"))), None),
         )
     except KeyError as error:
         raise ModelError(f"config.json lacks {error.args[0]!r}") from None

@@ -64,12 +64,6 @@ class Mesh:
         self._groups["tp"].allgather([parts], [x.contiguous()]).wait()
         return torch.cat(parts, dim=-1)
 
-    def broadcast_from_tp0(self, x: Tensor) -> Tensor:
-        """Overwrites x by tp rank 0's and returns it."""
-        if self.tp_size > 1:
-            self._groups["tp"].broadcast(x, 0).wait()
-        return x
-
     def send_hidden(self, x: Tensor) -> None:
         """Sends x [T, hidden] to the next stage; returns at once unless that one is far behind. x must not change."""
         self._send(self._groups["hidden"], x, self.pp_rank + 1)

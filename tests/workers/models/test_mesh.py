@@ -20,7 +20,6 @@ def converse(rank: int, port: int) -> dict[str, object]:
     heard: dict[str, object] = {
         "sum": mesh.all_reduce(torch.full((2, 3), rank + 1.0, dtype=torch.bfloat16)).tolist(),
         "gathered": mesh.all_gather_last_dim(torch.tensor([[rank, 10 * rank]])).tolist(),
-        "told": mesh.broadcast_from_tp0(torch.tensor([rank])).tolist(),
         "ends": (mesh.is_first_stage, mesh.is_last_stage),
     }
     if mesh.is_first_stage:
@@ -48,7 +47,6 @@ def test_two_by_two() -> None:
         stage = 2 * (rank // 2)
         assert said["sum"] == [[stage + 1.0 + stage + 2.0] * 3] * 2
         assert said["gathered"] == [[stage, 10 * stage, stage + 1, 10 * (stage + 1)]]
-        assert said["told"] == [stage]
         assert said["ends"] == (rank < 2, rank >= 2)
     expected = [[step] * (step + 1) for step in range(NUM_STEPS)]
     assert heard[0]["tokens"] == heard[1]["tokens"] == expected
@@ -57,7 +55,7 @@ def test_two_by_two() -> None:
 def test_alone_needs_no_group() -> None:
     mesh = Mesh.single(CPU)
     x = torch.randn(2, 3)
-    assert mesh.all_reduce(x) is mesh.all_gather_last_dim(x) is mesh.broadcast_from_tp0(x) is x
+    assert mesh.all_reduce(x) is mesh.all_gather_last_dim(x) is x
     assert mesh.is_first_stage
     assert mesh.is_last_stage
 
