@@ -88,7 +88,8 @@ class ChildProcess:
                 self._error = line.removeprefix(_ERROR).strip()
             else:
                 self._last_lines.append(line.rstrip())
-                print(f"[{self.name}] {line}", end="", file=sys.stderr, flush=True)
+                with contextlib.suppress(OSError):  # where nobody reads our stderr any more, the child must go on
+                    print(f"[{self.name}] {line}", end="", file=sys.stderr, flush=True)
         self._replies.put(None)
 
     def _why_ended(self) -> str:

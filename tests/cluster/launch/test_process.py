@@ -1,5 +1,6 @@
 """A child process says where it listens, or why it cannot."""
 
+import io
 import os
 import sys
 from pathlib import Path
@@ -42,6 +43,19 @@ def test_early_end_is_explained(module: str, code: str, sentence: str) -> None:
     with pytest.raises(LaunchError, match=sentence):
         child.wait_for_address(20)
     assert sentence in (child.ended() or "")
+
+
+def test_a_child_goes_on_when_nobody_reads_its_output(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in `manta serve 2>&1 | head`: more than a pipe holds comes before the address."""
+
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stderr", Closed())
+    child = ChildProcess("role", module, ["print('log\\n' * 100_000); print('MANTA_ADDRESS x')"])
+    assert child.wait_for_address(20) == "x"
+    child.join(10)
 
 
 def test_a_child_that_ignores_sigterm_is_killed(module: str) -> None:
