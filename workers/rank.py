@@ -3,7 +3,6 @@
 import gc
 import logging
 import math
-import os
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from manta.configs.model import ModelSpec, read_model_spec
 from manta.configs.schema import ServeConfig
 from manta.kernels import ops
 from manta.workers.capacity import GpuMemory, num_cpu_blocks, num_gpu_blocks
+from manta.workers.host_cores import num_cores
 from manta.workers.host_memory import available_memory_bytes
 from manta.workers.limits import Limits
 from manta.workers.loader import load_model, resolve_model_folder
@@ -88,7 +88,7 @@ def load_rank(config: ServeConfig, placement: Placement) -> LoadedRank:
     """
     _check(config, placement)
     started_s = time.perf_counter()
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // placement.num_workers_on_host))
+    torch.set_num_threads(max(1, num_cores() // placement.num_workers_on_host))
     device = pick_device(config.device)
     folder = resolve_model_folder(config.model)
     spec = read_model_spec(folder)
