@@ -34,7 +34,7 @@ def render_chat(
         )
     except TemplateError as error:
         raise RequestError(f"messages do not fit the model's chat template: {error}", "messages")
-    except (TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError) as error:
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise RequestError(f"the model's chat template fails on these messages: {reason}", "messages")
     return str(text)

@@ -1,5 +1,6 @@
 """Chat bodies: how messages become a prompt, and which are refused."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ def test_chat_prompts(http: httpx.Client, doors: DoorThread) -> None:
         ([{"role": "user", "content": 5}], {}, "messages[0].content"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], {}, "messages[0].content[0]"),
         ([{"role": "tool", "content": "x"}], {}, "messages"),  # the template raises
+        ([{"role": "user", "content": "x", "extra": json.loads("[" * 900 + "]" * 900)}], {}, "messages"),
         ([{"role": "user", "content": "x"}], {"chat_template_kwargs": 5}, "chat_template_kwargs"),
         (
             [{"role": "user", "content": "x"}],
