@@ -96,6 +96,7 @@ class ChildProcess:
         if self._error:
             return self._error
         code = self._process.returncode
-        how = f"was killed by {signal.Signals(-code).name}" if code and code < 0 else f"ended with exit code {code}"
+        if code and code < 0:
+            return f"{self.name} was killed by {signal.Signals(-code).name}"
         last = next((line for line in reversed(self._last_lines) if line.strip()), "")
-        return f"{self.name} {how}" + (f": {last}" if last else "")
+        return f"{self.name} ended with exit code {code}" + (f": {last}" if last else "")

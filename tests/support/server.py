@@ -68,7 +68,11 @@ class ServerProcess:
         return "".join(self.lines)
 
     def wait_ready(self) -> "ServerProcess":
-        self.wait_for(r"Ctrl-C drains", READY_TIMEOUT_S)
+        try:
+            self.wait_for(r"Ctrl-C drains", READY_TIMEOUT_S)
+        except BaseException:
+            self.close()
+            raise
         return self
 
     def wait_for(self, pattern: str, timeout_s: float) -> None:
@@ -110,6 +114,12 @@ class ServerProcess:
         """Ctrl-C, as a terminal sends it; returns the exit code."""
         self.signal(signal.SIGINT)
         return self.wait(timeout_s)
+
+    def __enter__(self) -> "ServerProcess":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Ends it, by force if it must, and asserts that nothing is left."""
