@@ -91,6 +91,10 @@ class ReplicaLoop:
             await self.group.check(self._deadlines.probe_s)
         except WorkerError as dead:
             return str(dead)
+        if len(self.group.addresses) > 1:
+            # Some ranks are in the midst of a collective that others will never enter. In another epoch they would
+            # add up what does not belong together, and nobody would notice.
+            return f"{error} (its ranks are out of step)"
         return None
 
     async def _run_epoch(self) -> None:
