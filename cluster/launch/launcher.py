@@ -1,5 +1,6 @@
 """What starts, watches and ends the processes of a deployment. Two kinds: Ray actors, and plain processes."""
 
+import os
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -51,6 +52,12 @@ class Launcher(Protocol):
     def stop(self, grace_s: float) -> None:
         """Ends everything it started. Frontends get `grace_s` to finish their streams. May be called twice."""
         ...
+
+
+def ray_address(config: ServeConfig) -> str | None:
+    """The Ray cluster to join; None when a local one is to be started."""
+    address = config.ray_address or os.environ.get("RAY_ADDRESS")
+    return None if address == "local" else address or None
 
 
 def cores_per_worker(num_cores: int, num_workers: int) -> int:

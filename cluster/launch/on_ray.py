@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import os
 from typing import Any
 
 import ray
@@ -11,7 +10,14 @@ from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from manta.cluster.launch.actors import FrontendActor, SchedulerActor, WorkerActor
-from manta.cluster.launch.launcher import Death, FrontendAddress, LaunchError, cores_per_worker, cpu_worker_env
+from manta.cluster.launch.launcher import (
+    Death,
+    FrontendAddress,
+    LaunchError,
+    cores_per_worker,
+    cpu_worker_env,
+    ray_address,
+)
 from manta.configs.schema import ServeConfig
 
 _ACTOR_TIMEOUT_S = 120.0
@@ -28,10 +34,10 @@ _OBJECT_STORE_BYTES = 128 * 2**20  # nothing but actor arguments passes through 
 
 def connect(config: ServeConfig) -> None:
     """Joins the cluster at --ray-address or RAY_ADDRESS, or starts one here. Raises LaunchError."""
-    address = config.ray_address or os.environ.get("RAY_ADDRESS")
+    address = ray_address(config)
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": True}
     try:
-        if address and address != "local":
+        if address:
             ray.init(address=address, **quiet)
         else:
             ray.init(address="local", include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, **quiet)

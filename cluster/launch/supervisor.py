@@ -8,7 +8,8 @@ from types import FrameType
 
 import grpc
 
-from manta.cluster.launch.launcher import FrontendAddress, Launcher
+from manta.cluster.launch.launcher import FrontendAddress, Launcher, ray_address
+from manta.cluster.launch.local import LocalLauncher, local_gpus
 from manta.cluster.launch.ready import ready_block
 from manta.cluster.preflight import check, with_absolute_paths
 from manta.configs.schema import ServeConfig
@@ -59,18 +60,17 @@ class Supervisor:
             self._disconnect()
 
     def _connect(self) -> Launcher:
+        joins = self._config.distributed_executor_backend == "ray" and ray_address(self._config) is not None
+        # Only the cluster that is joined knows whether it has GPUs: host memory is checked when it has said so.
+        self._check(on_gpu=joins or bool(local_gpus()))
         if self._config.distributed_executor_backend == "local":
-            from manta.cluster.launch.local import LocalLauncher, local_gpus
-
-            self._check(on_gpu=bool(local_gpus()))
             return LocalLauncher()
-        self._check(on_gpu=True)  # host memory is checked again once Ray says whether there are GPUs
         from manta.cluster.launch import on_ray
 
         with self._timed("ray"):
             on_ray.connect(self._config)
         self._handle_signals()  # again: Ray's own handler of SIGTERM would end this process in the midst of streams
-        if not on_ray.has_gpus():
+        if joins and not on_ray.has_gpus():
             self._check(on_gpu=False)
         return on_ray.RayLauncher()
 
