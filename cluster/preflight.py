@@ -43,12 +43,16 @@ def with_absolute_paths(config: ServeConfig) -> ServeConfig:
     return config.model_copy(update=update)
 
 
+def model_folder(config: ServeConfig) -> Path:
+    """A local folder as it is; of a hub id, only the small files are fetched. Raises PreflightError."""
+    folder = Path(config.model).expanduser()
+    return folder if folder.is_dir() else _fetch_config(config.model)
+
+
 def read_model(config: ServeConfig) -> ModelFacts:
-    """Finds the folder (fetching only the small files of a hub id) and reads its config.json."""
+    """Finds the folder and reads its config.json. Raises PreflightError."""
+    folder = model_folder(config)
     try:
-        folder = Path(config.model).expanduser()
-        if not folder.is_dir():
-            folder = _fetch_config(config.model)
         facts = ModelFacts(folder, read_model_spec(folder))
     except ModelError as error:
         raise PreflightError(str(error)) from None

@@ -77,10 +77,10 @@ def read_model_spec(folder: Path) -> ModelSpec:
     """Parses `folder/config.json` (and generation_config.json for end-of-sequence ids). Raises ModelError."""
     if not folder.is_dir():
         raise ModelError(f"model folder {str(folder)!r} does not exist")
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     if config is None:
         raise ModelError(f"{str(folder)!r} has no config.json: it is not a Hugging Face model folder")
-    generation = _read_json(folder / "generation_config.json") or {}
+    generation = read_json(folder / "generation_config.json") or {}
     return parse_model_spec(config, generation)
 
 
@@ -125,7 +125,8 @@ def parse_model_spec(config: dict[str, Any], generation: dict[str, Any]) -> Mode
         raise ModelError(f"config.json lacks {error.args[0]!r}") from None
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file, None if there is no such file. Raises ModelError."""
     if not path.is_file():
         return None
     try:

@@ -36,7 +36,7 @@ class Frontend:
         """Connects to the engine at "host:port" and listens; a port of 0 takes a free one. Returns the ports
         {"http": ..., "grpc": ...}.
 
-        Raises TokenizerError, ModelError, PortError or EngineLostError.
+        Raises TokenizerError, PreflightError, ModelError, PortError or EngineLostError.
         """
         await self.prepare()
         assert self._tokenizer is not None

@@ -20,6 +20,7 @@ from manta.cluster.doors.server import PortError
 from manta.cluster.doors.text import TokenizerError
 from manta.cluster.engine.client import EngineError, EngineLostError
 from manta.cluster.orphan import parent_ended
+from manta.cluster.preflight import PreflightError
 from manta.configs.model import ModelError
 from manta.configs.schema import ServeConfig
 
@@ -32,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     try:
         uvloop.run(_serve(args.config_json, args.parent_pid))
-    except (ValidationError, TokenizerError, ModelError, PortError, EngineError) as error:
+    except (ValidationError, TokenizerError, PreflightError, ModelError, PortError, EngineError) as error:
         print(f"MANTA_ERROR {error}", flush=True)
         return 1
     return 0
