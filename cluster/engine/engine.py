@@ -168,7 +168,7 @@ class Engine:
     async def _serve(self, loop: ReplicaLoop) -> None:
         """One replica's life."""
         try:
-            await loop.run(on_epoch_end=self._wake)
+            await loop.run(on_requeue=self._wake)
         except Exception as error:
             logger.exception("the step loop of replica %d failed", loop.index)
             self._give_up(f"internal error: {error!r}")

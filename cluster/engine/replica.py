@@ -68,16 +68,17 @@ class ReplicaLoop:
         """There may be something to plan."""
         self._wake.set()
 
-    async def run(self, on_epoch_end: Callable[[], None]) -> None:
-        """Serves epoch after epoch; `on_epoch_end` is called when this replica's sequences are back in the queue."""
+    async def run(self, on_requeue: Callable[[], None]) -> None:
+        """Serves epoch after epoch; `on_requeue` is called when sequences of this replica are back in the queue, where
+        other replicas can take them."""
         while self.lost_reason is None:
             try:
-                await self._run_epoch()
+                await self._run_epoch(on_requeue)
             except WorkerError as error:
                 logger.warning("replica %d: epoch ended: %s", self.index, error)
                 self._scheduler.reset(self.index)
                 self.metrics.failovers.value += 1
-                on_epoch_end()
+                on_requeue()
                 self.lost_reason = await self._why_lost(error)
 
     async def _why_lost(self, error: WorkerError) -> str | None:
@@ -97,7 +98,7 @@ class ReplicaLoop:
             return f"{error} (its ranks are out of step)"
         return None
 
-    async def _run_epoch(self) -> None:
+    async def _run_epoch(self, on_requeue: Callable[[], None]) -> None:
         """Runs until a WorkerError."""
         self._in_flight.clear()
         self._num_steps = 0
@@ -105,7 +106,7 @@ class ReplicaLoop:
         self._wake.set()
         streams = self.group.open_epoch()
         others = [rank for rank in range(len(self.group.addresses)) if rank != self.group.output_rank]
-        parts = [self._send_plans(streams), self._receive_results(streams), self._watch_deadline()]
+        parts = [self._send_plans(streams, on_requeue), self._receive_results(streams), self._watch_deadline()]
         tasks = [asyncio.create_task(part) for part in (*parts, *(streams.watch(rank) for rank in others))]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -117,10 +118,12 @@ class ReplicaLoop:
         for task in done:
             task.result()
 
-    async def _send_plans(self, streams: EpochStreams) -> None:
+    async def _send_plans(self, streams: EpochStreams, on_requeue: Callable[[], None]) -> None:
+        counters = self._scheduler.counters
         while True:
             await self._wake.wait()
             self._wake.clear()
+            num_preemptions = counters.num_preemptions
             cpu_start_s = time.thread_time()
             while (plan := self._scheduler.plan(self.index)) is not None:
                 message = encode_plan(plan)
@@ -135,6 +138,8 @@ class ReplicaLoop:
                 cpu_start_s = time.thread_time()
             if not self._in_flight:
                 self._had_work = False
+            if counters.num_preemptions > num_preemptions:
+                on_requeue()
 
     async def _receive_results(self, streams: EpochStreams) -> None:
         while True:

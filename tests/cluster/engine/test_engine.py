@@ -250,6 +250,24 @@ def test_a_handle_used_twice_ends_the_stream() -> None:
     run(test())
 
 
+def test_an_idle_replica_takes_what_another_one_preempts() -> None:
+    async def test() -> None:
+        config = fake_config(data_parallel_size=2, max_num_seqs=2)
+        async with fake_deployment(config, make_worker=lambda: FakeWorker(num_blocks=64)) as deployment:
+            client = InProcessClient(deployment.engine)  # all are in the queue before anything is planned
+            # One replica takes the first two, whose 75 blocks it does not have; the other one is soon without work.
+            lengths = (300, 300, 2, 2)
+            requests = [request([i], num_tokens, seed=i) for i, num_tokens in enumerate(lengths)]
+            results = await asyncio.gather(*(collect(client.generate(one)) for one in requests))
+            for i, num_tokens in enumerate(lengths):
+                assert results[i][0] == fake_tokens([i], num_tokens, seed=i)
+            assert deployment.engine.scheduler.counters.num_preemptions == 1
+            assert min(replica[0].num_steps for replica in deployment.workers) > 20
+            await client.close()
+
+    run(test())
+
+
 def test_half_a_token_is_refused_and_holds_nothing() -> None:
     async def test() -> None:
         async with fake_deployment() as deployment:
