@@ -268,30 +268,6 @@ def test_an_idle_replica_takes_what_another_one_preempts() -> None:
     run(test())
 
 
-def test_half_a_token_is_refused_and_holds_nothing() -> None:
-    async def test() -> None:
-        async with fake_deployment() as deployment:
-            frontend = deployment.engine.open_frontend()
-            deployment.engine.submit(frontend, pb.Submit(handle=1, prompt_tokens=b"\1\0\0", max_tokens=4))
-            message = await frontend.take()
-            assert message is not None
-            assert [refused.code for refused in message.refused] == [pb.Refused.INVALID]
-            deployment.engine.close_frontend(frontend)
-            assert await deployment.client.drain(1.0)
-
-    run(test())
-
-
-def test_an_engine_that_has_stopped_refuses() -> None:
-    async def test() -> None:
-        async with fake_deployment() as deployment:
-            await deployment.engine.stop()
-            with pytest.raises(DrainingError):
-                await collect(deployment.client.generate(request([1], 1)))
-
-    run(test())
-
-
 def test_the_client_in_the_engines_own_process_does_the_same() -> None:
     async def test() -> None:
         async with fake_deployment(make_worker=lambda: FakeWorker(step_s=0.005)) as deployment:

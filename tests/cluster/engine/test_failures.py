@@ -5,7 +5,8 @@ import asyncio
 import pytest
 
 from manta.cluster.engine.client import EngineClient, EngineLostError
-from manta.cluster.engine.types import UnavailableError
+from manta.cluster.engine.types import DrainingError, UnavailableError
+from manta.protos import engine_pb2
 from manta.protos import worker_pb2 as pb
 from tests.support.fake_deployment import collect, fake_config, fake_deployment, request, run, until
 from tests.support.fake_worker_server import FakeWorker, fake_tokens
@@ -186,6 +187,30 @@ def test_a_frontend_that_does_not_read_is_cut_off() -> None:
             tokens, _ = await collect(deployment.client.generate(request([1], 5)))
             assert tokens == fake_tokens([1], 5, seed=0)
             await reader.close()
+
+    run(test())
+
+
+def test_half_a_token_is_refused_and_holds_nothing() -> None:
+    async def test() -> None:
+        async with fake_deployment() as deployment:
+            frontend = deployment.engine.open_frontend()
+            deployment.engine.submit(frontend, engine_pb2.Submit(handle=1, prompt_tokens=b"\1\0\0", max_tokens=4))
+            message = await frontend.take()
+            assert message is not None
+            assert [refused.code for refused in message.refused] == [engine_pb2.Refused.INVALID]
+            deployment.engine.close_frontend(frontend)
+            assert await deployment.client.drain(1.0)
+
+    run(test())
+
+
+def test_an_engine_that_has_stopped_refuses() -> None:
+    async def test() -> None:
+        async with fake_deployment() as deployment:
+            await deployment.engine.stop()
+            with pytest.raises(DrainingError):
+                await collect(deployment.client.generate(request([1], 1)))
 
     run(test())
 
