@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import socket
 from typing import Any
 
 import ray
@@ -20,6 +21,7 @@ from manta.cluster.launch.launcher import (
 )
 from manta.configs.schema import ServeConfig
 
+_CONNECT_TIMEOUT_S = 5.0
 _ACTOR_TIMEOUT_S = 120.0
 _LOAD_TIMEOUT_S = 3600.0
 _END_TIMEOUT_S = 5.0
@@ -35,6 +37,8 @@ _OBJECT_STORE_BYTES = 128 * 2**20  # nothing but actor arguments passes through 
 def connect(config: ServeConfig) -> None:
     """Joins the cluster at --ray-address or RAY_ADDRESS, or starts one here. Raises LaunchError."""
     address = ray_address(config)
+    if address:
+        _check_reachable(address)
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": True}
     try:
         if address:
@@ -44,6 +48,19 @@ def connect(config: ServeConfig) -> None:
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         what = f"no Ray cluster at {address!r} can be joined" if address else "a local Ray cannot be started"
         raise LaunchError(f"{what}: {_first_line(error)}") from None
+
+
+def _check_reachable(address: str) -> None:
+    """Raises LaunchError at once where ray.init would wait for minutes. "auto" is for Ray itself to resolve."""
+    if "://" in address:
+        raise LaunchError(f"Ray address {address!r} is a URL; give host:port of the head node, such as 127.0.0.1:6379")
+    host, _, port = address.rpartition(":")
+    if not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise LaunchError(f"no Ray cluster at {address!r} can be joined: {error.strerror or error}") from None
 
 
 class RayLauncher:

@@ -141,6 +141,8 @@ def test_interrupt_while_starting_leaves_nothing() -> None:
         ([str(DEMO_MODEL), "--kv-cache-memory-bytes", "1KiB"], "--kv-cache-memory-bytes 1024 holds"),
         ([str(DEMO_MODEL), "--max-model-len", "1000000"], "--max-model-len 1000000"),
         ([], "name the model"),
+        ([str(DEMO_MODEL), "--ray-address", "127.0.0.1:9"], "no Ray cluster at '127.0.0.1:9' can be joined"),
+        ([str(DEMO_MODEL), "--ray-address", "http://127.0.0.1:8265"], "is a URL"),
     ],
 )
 def test_mistakes_end_within_seconds(words: list[str], sentence: str) -> None:

@@ -4,9 +4,11 @@ import contextlib
 import os
 import re
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,7 +36,9 @@ def dashboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     (tmp_path / "token").write_text(secrets.token_hex(32))
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
-    env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"MANTA_TEST_TAG": tag}
+    # A folder of its own, with a short name because sockets lie in it: the user's "auto" stays what it is.
+    folder = tempfile.mkdtemp(prefix="ray-")
+    env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"MANTA_TEST_TAG": tag, "RAY_TMPDIR": folder}
     gcs, dashboard, agent, client = _free_ports(4)
     cluster = subprocess.Popen(
         [RAY, "start", "--head", "--block", "--num-cpus", "4", "--object-store-memory", str(128 * 2**20), "--port", gcs,
@@ -47,6 +51,7 @@ def dashboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     finally:
         cluster.terminate()
         cluster.wait(60)
+        shutil.rmtree(folder, ignore_errors=True)
     wait_until(lambda: not processes_with_tag(tag), 30, "the end of the Ray cluster")
 
 
