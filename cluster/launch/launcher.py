@@ -68,9 +68,8 @@ def cores_per_worker(num_cores: int, num_workers: int) -> int:
 def cpu_worker_env(num_threads: int) -> dict[str, str]:
     """Environment of a worker that computes on the CPU; OpenMP reads it when torch is loaded.
 
-    A thread that waits for the others may spin for some microseconds and must then sleep. Measured on two cores, ms per
-    token of a single stream of the demo model, on an idle host and beside a program with two busy threads: always
-    asleep 3.0 and 3.1; 1,000 spins 1.8 and 4.0; 50,000 spins 1.8 and 48. No GPU is visible: a worker takes one where
-    it sees one.
+    A thread that waits for the others may spin for some microseconds and must then sleep: asleep at once costs nearly
+    twice the time per token on an idle host, and long spins cost it beside other work, how much varies from run to run
+    (`bench/cpu_wait.py` measures both). No GPU is visible: a worker takes one where it sees one.
     """
     return {"OMP_NUM_THREADS": str(num_threads), "GOMP_SPINCOUNT": "1000", "CUDA_VISIBLE_DEVICES": ""}
