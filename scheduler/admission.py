@@ -66,7 +66,7 @@ class Admission:
         if self._short == (sequence, pool, pool.num_freed):
             return -1
         num_tokens, block_size = len(sequence.tokens), replica.capacity.block_size
-        hits = self._find_prefix(sequence)
+        hits = replica.find_prefix(sequence)
         num_new = blocks_for(num_tokens, block_size) - len(hits)
         # One token at least must be computed, and that writes: a prefix that covers all ends in a copy.
         copies_last = num_new == 0
@@ -92,16 +92,6 @@ class Admission:
         draft.adds.append(_seq_add(sequence))
         draft.add_prefill(sequence, min(budget, num_tokens - num_cached))
         return num_cached
-
-    def _find_prefix(self, sequence: Sequence) -> list[int]:
-        hits: list[int] = []
-        if self._replica.enable_prefix_caching:
-            for block_hash in self._replica.hashes(sequence):
-                block = self._replica.pool.find(block_hash)
-                if block is None:
-                    break
-                hits.append(block)
-        return hits
 
     def _has_blocks(self, hits: list[int], num_new: int) -> bool:
         """Whether `num_new` blocks can be taken beside `hits`. One in a hundred stays free for those that run: who

@@ -10,6 +10,7 @@ Each block is in exactly one state:
 
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
+from itertools import islice
 
 
 class BlockPool:
@@ -38,18 +39,23 @@ class BlockPool:
 
     def take(self, count: int) -> list[int]:
         """`count` blocks with undefined content, referenced once. The caller has seen that so many are free."""
-        blank, refs = self.blank, self.refs
-        taken = [blank.pop() if blank else self._evict() for _ in range(count)]
+        refs, num_left = self.refs, max(len(self.blank) - count, 0)
+        taken = self.blank[num_left:]
+        del self.blank[num_left:]
+        taken.reverse()
+        if len(taken) < count:
+            taken += self._evict(count - len(taken))
         for block in taken:
             refs[block] = 1
         return taken
 
     def share(self, blocks: Iterable[int]) -> None:
         """One more reference to each; blocks found by `find` come back from the free list or from limbo."""
+        refs, limbo, cached = self.refs, self.limbo, self.cached
         for block in blocks:
-            if self.refs[block] == 0 and self.limbo.pop(block, None) is None:
-                del self.cached[block]
-            self.refs[block] += 1
+            if refs[block] == 0 and limbo.pop(block, None) is None:
+                del cached[block]
+            refs[block] += 1
 
     def fork(self, table: Sequence[int]) -> list[int]:
         """A second table of the same blocks. Whoever writes to one of them asks `writable` first."""
@@ -101,20 +107,25 @@ class BlockPool:
 
     def num_unreferenced(self, blocks: Iterable[int]) -> int:
         """How many of `blocks` sharing would take from the free ones."""
-        return sum(block in self.cached for block in blocks)
+        return sum(map(self.cached.__contains__, blocks))
 
     def _free(self, blocks: list[int]) -> None:
+        hashes, blank, cached = self.hashes, self.blank, self.cached
         for block in blocks:
-            if self.hashes[block] is None:
-                self.blank.append(block)
+            if hashes[block] is None:
+                blank.append(block)
             else:
-                self.cached[block] = None
+                cached[block] = None
         self.num_freed += len(blocks)
 
-    def _evict(self) -> int:
-        block, _ = self.cached.popitem(last=False)
-        block_hash = self.hashes[block]
-        assert block_hash is not None
-        del self.by_hash[block_hash]
-        self.hashes[block] = None
-        return block
+    def _evict(self, count: int) -> list[int]:
+        """Blocks that were cached and are not findable any more."""
+        cached, hashes, by_hash = self.cached, self.hashes, self.by_hash
+        evicted = list(islice(cached, count))
+        for block in evicted:
+            del cached[block]
+            block_hash = hashes[block]
+            assert block_hash is not None
+            del by_hash[block_hash]
+            hashes[block] = None
+        return evicted

@@ -14,7 +14,7 @@ class Draft:
     replica: Replica
     lane: Lane
     grow: list[tuple[int, int]] = field(default_factory=list)
-    grown: dict[int, tuple[Sequence, int]] = field(default_factory=dict)  # by slot: with its full blocks so far
+    filled: dict[int, int] = field(default_factory=dict)  # by slot: full blocks of a row that begins another
     held: list[Sequence] = field(default_factory=list)
     adds: list[SeqAdd] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
@@ -28,11 +28,13 @@ class Draft:
     def is_empty(self) -> bool:
         return not self.prefills and not self.num_decodes
 
-    def add_block(self, sequence: Sequence, block: int) -> None:
-        """The decode row of `sequence` begins `block`."""
-        self.grown[sequence.slot] = (sequence, len(sequence.blocks))
-        self.grow.append((sequence.slot, block))
-        sequence.blocks.append(block)
+    def add_blocks(self, sequences: dict[int, Sequence], blocks: list[int]) -> None:
+        """The decode row of each of `sequences`, by slot, begins the next of `blocks`."""
+        tables = [sequence.blocks for sequence in sequences.values()]
+        self.filled.update(zip(sequences, map(len, tables), strict=True))
+        self.grow += zip(sequences, blocks, strict=True)
+        for table, block in zip(tables, blocks, strict=True):
+            table.append(block)
 
     def add_prefill(self, sequence: Sequence, num_tokens: int) -> None:
         """The step computes the next `num_tokens` tokens of `sequence`."""
@@ -57,7 +59,7 @@ class Draft:
                     lane.drain(prefill.sequence)
                     ending[slot] = prefill.sequence
         replica.step += 1
-        replica.in_flight.append(InFlightStep(replica.step, lane, clock, rows, self.prefills, self.grown, ending))
+        replica.in_flight.append(InFlightStep(replica.step, lane, clock, rows, self.prefills, self.filled, ending))
         replica.next_lane = (lane.index + 1) % len(replica.lanes)
         frees, replica.frees = replica.frees, []
         return StepPlan(

@@ -23,11 +23,9 @@ def give_blocks(draft: Draft, preempt: Preempt) -> None:
     if replica.starved or len(growing) > replica.pool.num_free:
         _give_by_rank(draft, preempt)
     else:
-        for sequence, block in zip(growing.values(), replica.pool.take(len(growing)), strict=True):
-            draft.add_block(sequence, block)
-    if draft.grown:
-        longest = max(num_full for _, num_full in draft.grown.values()) + 1
-        replica.slots.widen(longest * replica.capacity.block_size + 1)
+        draft.add_blocks(growing, replica.pool.take(len(growing)))
+    if draft.filled:
+        replica.slots.widen((max(draft.filled.values()) + 1) * replica.capacity.block_size + 1)
 
 
 def _give_by_rank(draft: Draft, preempt: Preempt) -> None:
@@ -37,7 +35,7 @@ def _give_by_rank(draft: Draft, preempt: Preempt) -> None:
             num_owed = sum(other.rank < sequence.rank for other in replica.starved.values())
             if pool.num_free > num_owed:
                 replica.starved.pop(sequence.slot, None)
-                draft.add_block(sequence, pool.take(1)[0])
+                draft.add_blocks({sequence.slot: sequence}, pool.take(1))
                 break
             if pool.num_free + pool.num_limbo > num_owed:
                 replica.starved[sequence.slot] = sequence

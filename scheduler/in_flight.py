@@ -25,7 +25,7 @@ class InFlightStep:
     clock: int  # the lane's, when this was planned
     rows: Rows
     prefills: dict[int, Prefill]  # by slot, in plan order
-    grown: dict[int, tuple[Sequence, int]]  # by slot: a decode row began a block, the so many before it are full
+    filled: dict[int, int]  # by slot of a decode row that began a block: the number of full blocks before it
     ending: dict[int, Sequence]  # by slot: the step's token is the last that fits
     left: set[int] = field(default_factory=set)  # slots given up since
 
@@ -44,5 +44,5 @@ class InFlightStep:
     def drop(self, slot: int) -> None:
         """The sequence in `slot` has left the replica."""
         self.left.add(slot)
-        self.grown.pop(slot, None)
+        self.filled.pop(slot, None)
         self.ending.pop(slot, None)

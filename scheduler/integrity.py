@@ -4,8 +4,7 @@ from collections import Counter
 
 from manta.scheduler.block_pool import BlockPool
 from manta.scheduler.lane import Lane
-from manta.scheduler.prefix import extend_chain
-from manta.scheduler.replica import TOKEN_BYTES, Replica
+from manta.scheduler.replica import Replica
 from manta.scheduler.sequence import Sequence, Status
 from manta.scheduler.waiting import WaitingQueue
 
@@ -86,9 +85,9 @@ def _check_hashes(replica: Replica, sequence: Sequence) -> None:
     if not replica.enable_prefix_caching:
         return
     block_size = replica.capacity.block_size
-    tokens = replica.slots.tokens[sequence.slot, : len(sequence.hashes) * block_size].tobytes()
+    tokens = replica.slots.tokens[sequence.slot, : len(sequence.hashes) * block_size]
     expected: list[bytes] = []
-    extend_chain(expected, sequence.root, tokens, block_size * TOKEN_BYTES)
+    replica.hasher.extend(expected, sequence.root, tokens)
     assert sequence.hashes == expected, f"request {sequence.request.id} has hashes of other tokens"
     for block, block_hash in zip(sequence.blocks[: sequence.num_published], expected, strict=False):
         published = replica.pool.hashes[block]

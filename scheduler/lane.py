@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from manta.scheduler.sequence import Sequence, Status
-from manta.scheduler.types import Request
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,10 +19,13 @@ class Rows:
 
     slots: NDArray[np.int64]
     offsets: NDArray[np.int64]  # + the step's tick: tokens before the step
-    requests: list[Request]
+    request_ids: NDArray[np.int64]
 
     def __len__(self) -> int:
-        return len(self.requests)
+        return len(self.slots)
+
+    def select(self, kept: NDArray[np.bool_]) -> "Rows":
+        return Rows(self.slots[kept], self.offsets[kept], self.request_ids[kept])
 
     def indices(self, slots: set[int]) -> NDArray[np.int64]:
         """Rows of those `slots` that have one."""
@@ -44,7 +46,7 @@ class Lane:
         self.decoding = np.zeros(max_num_seqs, np.bool_)
         self.num_decoding = 0
         self.offsets = np.zeros(max_num_seqs, np.int64)
-        self._requests = np.empty(max_num_seqs, np.object_)
+        self._request_ids = np.zeros(max_num_seqs, np.int64)
         self._block_size = block_size
         self.growth: list[dict[int, Sequence]] = [{} for _ in range(block_size)]  # tick % block_size -> by slot
         self.endings: dict[int, dict[int, Sequence]] = {}  # tick -> by slot: the tick of the last token
@@ -68,7 +70,7 @@ class Lane:
         sequence.status = Status.DECODING
         self.decoding[slot] = True
         self.num_decoding += 1
-        self._requests[slot] = sequence.request
+        self._request_ids[slot] = sequence.request.id
         self._schedule(sequence, length - self.clock)
 
     def drain(self, sequence: Sequence) -> None:
@@ -114,13 +116,12 @@ class Lane:
 
     def _select(self, running: NDArray[np.bool_]) -> Rows:
         slots = np.flatnonzero(running)
-        return Rows(slots, self.offsets[slots], self._requests[slots].tolist())
+        return Rows(slots, self.offsets[slots], self._request_ids[slots])
 
     def _stop(self, sequence: Sequence) -> None:
         self._unschedule(sequence)
         self.decoding[sequence.slot] = False
         self.num_decoding -= 1
-        self._requests[sequence.slot] = None
 
     def _schedule(self, sequence: Sequence, offset: int) -> None:
         slot = sequence.slot

@@ -1,7 +1,5 @@
 """Takes a step's sampled tokens into the picture and tells the outside what came of them."""
 
-from itertools import compress
-
 import numpy as np
 
 from manta.scheduler.in_flight import InFlightStep
@@ -15,8 +13,8 @@ def apply_result(replica: Replica, result: StepResult, events: Events) -> None:
     step = replica.confirm(result)
     if step is None:
         return
-    for sequence, num_full in step.grown.values():
-        replica.publish(sequence, num_full)
+    if step.filled:
+        replica.note_filled(step.filled)
     num_rows = len(step.rows)
     if num_rows:
         _apply_decodes(replica, step, result.tokens[:num_rows], events)
@@ -36,21 +34,21 @@ def finish(replica: Replica, sequence: Sequence, reason: FinishReason, stop_toke
 
 def _apply_decodes(replica: Replica, step: InFlightStep, tokens: Tokens, events: Events) -> None:
     rows = step.rows
-    slots, lengths, requests = rows.slots, rows.offsets + step.clock, rows.requests
     if step.left:  # tokens of those who have left are surplus
         kept = np.ones(len(rows), np.bool_)
         kept[rows.indices(step.left)] = False
-        slots, lengths, tokens = slots[kept], lengths[kept], tokens[kept]
-        requests = list(compress(requests, kept.tolist()))
-    replica.slots.tokens[slots, lengths] = tokens
-    events.requests += requests
-    events.tokens += tokens.tolist()
+        rows, tokens = rows.select(kept), tokens[kept]
+    slots, lengths = rows.slots, rows.offsets + step.clock
+    replica.slots.put(slots, lengths, tokens)
+    events.request_ids, events.tokens = rows.request_ids, tokens
     for index in replica.stops.candidates(tokens):
         _stop_at(replica, step, int(slots[index]), int(tokens[index]), int(lengths[index]) + 1, events)
 
 
 def _apply_prefills(replica: Replica, step: InFlightStep, tokens: Tokens, events: Events) -> None:
     sampled = iter(tokens.tolist())
+    new_ids: list[int] = []
+    new_tokens: list[int] = []
     for slot, prefill in step.prefills.items():
         token = next(sampled) if prefill.samples else None
         if slot in step.left:
@@ -61,9 +59,12 @@ def _apply_prefills(replica: Replica, step: InFlightStep, tokens: Tokens, events
         if token is not None:
             num_tokens = len(sequence.tokens)
             replica.slots.tokens[slot, num_tokens] = token
-            events.requests.append(sequence.request)
-            events.tokens.append(token)
+            new_ids.append(sequence.request.id)
+            new_tokens.append(token)
             _stop_at(replica, step, slot, token, num_tokens + 1, events)
+    if new_ids:
+        events.request_ids = np.append(events.request_ids, new_ids)
+        events.tokens = np.append(events.tokens, np.array(new_tokens, np.int32))
 
 
 def _stop_at(replica: Replica, step: InFlightStep, slot: int, token: int, num_tokens: int, events: Events) -> None:

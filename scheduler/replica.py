@@ -4,24 +4,27 @@ Sequences come in by `enter` and go out by `leave`, nowhere else. The planner an
 """
 
 from collections import deque
-from collections.abc import Iterator
 
 from manta.scheduler.block_pool import BlockPool
 from manta.scheduler.in_flight import InFlightStep
 from manta.scheduler.lane import Lane
-from manta.scheduler.prefix import extend_chain
+from manta.scheduler.prefix import PrefixHasher
 from manta.scheduler.sequence import Sequence, Status
 from manta.scheduler.slots import SlotTable
 from manta.scheduler.stops import StopTable
 from manta.scheduler.types import Capacity, StepResult, WrongResultError
 
-TOKEN_BYTES = 4
+_PUBLISH_STRIDE = 64
+_HASH_STRIDE = 128  # blocks hashed at a time where nobody knows yet how many will be found
 
 
 class Replica:
-    def __init__(self, index: int, capacity: Capacity, *, enable_prefix_caching: bool, use_priority: bool) -> None:
+    def __init__(
+        self, index: int, capacity: Capacity, hasher: PrefixHasher, *, enable_prefix_caching: bool, use_priority: bool
+    ) -> None:
         self.index = index
         self.capacity = capacity
+        self.hasher = hasher
         self.enable_prefix_caching = enable_prefix_caching
         self.use_priority = use_priority
         self.epoch = 0
@@ -34,13 +37,14 @@ class Replica:
         self.epoch += 1
         self.step = 0  # the last one planned
         self.pool = BlockPool(capacity.num_blocks)
-        self.slots = SlotTable(capacity.max_num_seqs)
+        self.slots = SlotTable(capacity.max_num_seqs, capacity.block_size)
         self.stops = StopTable()
         self.lanes = [Lane(i, capacity.block_size, capacity.max_num_seqs) for i in range(capacity.num_lanes)]
         self.next_lane = 0
         self.residents: dict[int, Sequence] = {}  # by slot, in order of admission
         self.starved: dict[int, Sequence] = {}  # by slot: held back for want of a block that limbo will give
         self.in_flight: deque[InFlightStep] = deque()
+        self._filled: dict[int, int] = {}  # by slot: full blocks of decoding sequences, perhaps not published yet
         self.frees: list[int] = []  # slots that the workers have not been told of
 
     def enter(self, sequence: Sequence, lane: Lane) -> None:
@@ -67,6 +71,7 @@ class Replica:
         self.slots.release(slot, until)
         self.stops.remove(sequence.request.stop_token_ids)
         del self.residents[slot]
+        self._filled.pop(slot, None)
         self.starved.pop(slot, None)
         for step in self.in_flight:
             step.drop(slot)
@@ -98,14 +103,26 @@ class Replica:
             return sequence.num_computed
         return self.num_tokens(sequence) - 1
 
-    def hashes(self, sequence: Sequence) -> Iterator[bytes]:
-        """Hashes of a waiting sequence's full blocks, computed as they are asked for and kept."""
-        block_size = self.capacity.block_size
-        for index in range(len(sequence.tokens) // block_size):
-            if index == len(sequence.hashes):
-                tokens = sequence.tokens[index * block_size : (index + 1) * block_size].tobytes()
-                extend_chain(sequence.hashes, sequence.root, tokens, block_size * TOKEN_BYTES)
-            yield sequence.hashes[index]
+    def find_prefix(self, sequence: Sequence) -> list[int]:
+        """The blocks that hold the KV of a waiting sequence's first tokens, as far as the prefix index knows them."""
+        found: list[int] = []
+        if not self.enable_prefix_caching:
+            return found
+        self._publish_filled()
+        block_size, hashes, find = self.capacity.block_size, sequence.hashes, self.pool.find
+        num_full = len(sequence.tokens) // block_size
+        while True:
+            for block_hash in hashes[len(found) :]:
+                block = find(block_hash)
+                if block is None:
+                    return found
+                found.append(block)
+            if len(hashes) >= num_full:
+                return found
+            # What is hashed here and not found need not be hashed when it is published; more can wait until then.
+            num_hashed = min(len(hashes) + _HASH_STRIDE, num_full)
+            tokens = sequence.tokens[len(hashes) * block_size : num_hashed * block_size]
+            self.hasher.extend(hashes, sequence.root, tokens)
 
     def publish(self, sequence: Sequence, num_full: int) -> None:
         """The KV of its first `num_full` blocks exists."""
@@ -115,11 +132,42 @@ class Replica:
         block_size = self.capacity.block_size
         hashes = sequence.hashes
         if len(hashes) < num_full:
-            row = self.slots.tokens[sequence.slot, len(hashes) * block_size : num_full * block_size]
-            extend_chain(hashes, sequence.root, row.tobytes(), block_size * TOKEN_BYTES)
-        for index in range(start, num_full):
-            self.pool.publish(sequence.blocks[index], hashes[index])
+            tokens = self.slots.tokens[sequence.slot, len(hashes) * block_size : num_full * block_size]
+            self.hasher.extend(hashes, sequence.root, tokens)
+        publish = self.pool.publish
+        for block, block_hash in zip(sequence.blocks[start:num_full], hashes[start:num_full], strict=True):
+            publish(block, block_hash)
         sequence.num_published = num_full
+
+    def note_filled(self, filled: dict[int, int]) -> None:
+        """By slot, how many blocks of decoding sequences are full. They are published when they are enough for numpy
+        to be quick, or when somebody is about to look something up."""
+        self._filled |= filled
+        if len(self._filled) >= _PUBLISH_STRIDE:
+            self._publish_filled()
+
+    def _publish_filled(self) -> None:
+        filled, self._filled = self._filled, {}
+        if not self.enable_prefix_caching:
+            return
+        slots, indices, sequences = [], [], []
+        for slot, num_full in filled.items():
+            sequence = self.residents[slot]
+            if len(sequence.hashes) == num_full - 1:
+                slots.append(slot)
+                indices.append(num_full - 1)
+                sequences.append(sequence)
+            else:  # the prompt filled the block to its end, or blocks are so small that there are several new ones
+                self.publish(sequence, num_full)
+        if not sequences:
+            return
+        parents = [sequence.hashes[-1] if sequence.hashes else sequence.root for sequence in sequences]
+        hashes = self.hasher.next_hashes(parents, indices, self.slots.blocks(slots, indices))
+        publish = self.pool.publish
+        for sequence, index, block_hash in zip(sequences, indices, hashes, strict=True):
+            sequence.hashes.append(block_hash)
+            publish(sequence.blocks[index], block_hash)
+            sequence.num_published = index + 1
 
     def confirm(self, result: StepResult) -> InFlightStep | None:
         """The plan that `result` answers, which is no longer in flight; None for a result of an earlier epoch.

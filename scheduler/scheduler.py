@@ -8,6 +8,7 @@ from manta.scheduler.admission import check_fits
 from manta.scheduler.integrity import check_replica, check_waiting
 from manta.scheduler.outcome import apply_result, finish
 from manta.scheduler.planner import Planner
+from manta.scheduler.prefix import PrefixHasher
 from manta.scheduler.replica import Replica
 from manta.scheduler.sequence import Sequence, Status
 from manta.scheduler.snapshot import Snapshot, take_snapshot
@@ -22,6 +23,8 @@ from manta.scheduler.types import (
     StepResult,
 )
 from manta.scheduler.waiting import FcfsQueue, PriorityQueue, WaitingQueue
+
+_NO_EVENTS = Events()
 
 
 class Scheduler:
@@ -53,8 +56,9 @@ class Scheduler:
         self._sequences: dict[int, Sequence] = {}  # by request id, waiting or resident
         self._queue: WaitingQueue = PriorityQueue() if policy == "priority" else FcfsQueue()
         self._events = Events()
+        hasher = PrefixHasher(self._max_model_len if enable_prefix_caching else 0, replicas[0].block_size)
         self._replicas = [
-            Replica(i, capacity, enable_prefix_caching=enable_prefix_caching, use_priority=policy == "priority")
+            Replica(i, capacity, hasher, enable_prefix_caching=enable_prefix_caching, use_priority=policy == "priority")
             for i, capacity in enumerate(replicas)
         ]
         self._planners = [
@@ -113,8 +117,8 @@ class Scheduler:
 
     def take_events(self) -> Events:
         """What happened since events were last handed out."""
-        events = Events(self._events.requests, self._events.tokens, self._events.started, self._events.finished)
-        self._events.requests, self._events.tokens = [], []
+        events = Events(self._events.request_ids, self._events.tokens, self._events.started, self._events.finished)
+        self._events.request_ids, self._events.tokens = _NO_EVENTS.request_ids, _NO_EVENTS.tokens
         self._events.started, self._events.finished = [], []
         return events
 

@@ -3,19 +3,23 @@
 from collections import deque
 
 import numpy as np
+from numpy.typing import NDArray
 
 from manta.scheduler.sequence import Sequence
+from manta.scheduler.types import Tokens
 
 _FIRST_WIDTH = 256
 
 
 class SlotTable:
     """`tokens` is int32 [max_num_seqs, width]; row s holds the known tokens of the sequence in slot s. It widens when
-    a longer sequence comes, so that it stays small where the context is long and sequences are not."""
+    a longer sequence comes, so that it stays small where the context is long and sequences are not. The width is a
+    whole number of blocks."""
 
-    def __init__(self, max_num_seqs: int) -> None:
+    def __init__(self, max_num_seqs: int, block_size: int) -> None:
         self.sequences: list[Sequence | None] = [None] * max_num_seqs
-        self.tokens = np.zeros((max_num_seqs, _FIRST_WIDTH), np.int32)
+        self.tokens = np.zeros((max_num_seqs, -(-_FIRST_WIDTH // block_size) * block_size), np.int32)
+        self._block_size = block_size
         self.free = list(range(max_num_seqs - 1, -1, -1))  # a stack
         self.limbo: deque[tuple[int, int]] = deque()  # (step that must be answered first, slot), by step
 
@@ -25,6 +29,16 @@ class SlotTable:
         self.sequences[slot] = sequence
         self.tokens[slot, : len(sequence.tokens)] = sequence.tokens
         return slot
+
+    def put(self, slots: NDArray[np.int64], positions: NDArray[np.int64], tokens: Tokens) -> None:
+        """tokens[i] is at positions[i] of slots[i]."""
+        # One index into the flat array costs half of what a pair of indices does.
+        self.tokens.reshape(-1).put(slots * self.tokens.shape[1] + positions, tokens)
+
+    def blocks(self, slots: list[int], indices: list[int]) -> Tokens:
+        """int32 [N, block_size]: tokens of block indices[i] of slots[i]."""
+        blocks: Tokens = self.tokens.reshape(len(self.sequences), -1, self._block_size)[slots, indices]
+        return blocks
 
     def at(self, slot: int) -> Sequence:
         """The sequence in an occupied slot."""

@@ -40,5 +40,5 @@ class StopTable:
 
     def candidates(self, tokens: Tokens) -> list[int]:
         """Indices of tokens that end some sequence, perhaps not their own."""
-        found: list[int] = np.flatnonzero(self._marks.take(tokens, mode="clip")).tolist()
-        return found
+        marked = self._marks.take(tokens, mode="clip")
+        return np.flatnonzero(marked).tolist() if np.count_nonzero(marked) else []  # almost always none

@@ -102,10 +102,11 @@ class Finished:
 
 @dataclass(slots=True)
 class Events:
-    """What the outside must hear of after a call. `requests[i]` got `tokens[i]`; a stop token is among them."""
+    """What the outside must hear of after a call. The request with id `request_ids[i]` got `tokens[i]`; a stop token
+    is among them. Nobody writes to the arrays."""
 
-    requests: list[Request] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
+    request_ids: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    tokens: Tokens = field(default_factory=lambda: np.empty(0, np.int32))
     started: list[Started] = field(default_factory=list)
     finished: list[Finished] = field(default_factory=list)
 

@@ -71,7 +71,7 @@ class Publisher:
         metrics = self._metrics[replica]
         for started in events.started:
             self._publish_started(started, metrics, now_s)
-        if events.tokens:
+        if len(events.tokens):
             self._publish_tokens(events, metrics, now_s)
         for finished in events.finished:
             self._publish_finished(finished, metrics, now_s)
@@ -103,8 +103,7 @@ class Publisher:
 
     def _publish_tokens(self, events: Events, metrics: ReplicaMetrics, now_s: float) -> None:
         table = self._table
-        request_ids = np.fromiter((request.id for request in events.requests), np.int64, len(events.requests))
-        rows = table.rows(request_ids)
+        rows = table.rows(events.request_ids)
         last_s = table.last_token_s[rows]
         is_first = last_s == 0.0
         if is_first.any():
@@ -116,8 +115,7 @@ class Publisher:
         metrics.itl_s.observe_many(now_s - last_s)
         metrics.generation_tokens.value += len(rows)
 
-        handles = table.handle[rows]
-        tokens = np.array(events.tokens, np.int32)
+        handles, tokens = table.handle[rows], events.tokens
         if len(self._frontends) == 1:
             next(iter(self._frontends.values())).add_tokens(handles, tokens)
             return

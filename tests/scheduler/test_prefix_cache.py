@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from manta.scheduler.prefix import root_hash
-from tests.support.deployment import Deployment, capacity, request
+from tests.support.deployment import VOCAB_SIZE, Deployment, capacity, request
 
 PROMPT = list(range(10))
 
@@ -126,3 +126,20 @@ def test_counters_are_in_tokens_and_count_each_request_once() -> None:
         deployment.run()
     counters = deployment.scheduler.counters
     assert (counters.num_prefix_queries, counters.num_prefix_hits) == (30, 16)
+
+
+def test_answers_of_many_sequences_are_found_while_they_run() -> None:
+    """Filled blocks are published together: nobody who looks may miss them, whichever way they were filled."""
+    deployment = Deployment(capacity(block_size=4, num_blocks=200, max_num_seqs=9, max_num_batched_tokens=64))
+    for id in range(8):  # some prompts end with their block
+        deployment.add(request(id, 5 + id % 4, max_tokens=20))
+    for _ in range(12):
+        deployment.step()
+    for id in range(8):
+        text = deployment.requests[id].prompt.tolist() + deployment.tokens[id]
+        deployment.add(request(100 + id, [*text[:12], VOCAB_SIZE - 1 - text[12]], max_tokens=1))
+        while 100 + id not in deployment.finished:
+            deployment.step()
+        assert deployment.started[100 + id].num_cached_tokens == 12
+    deployment.run()
+    deployment.assert_all_as_alone()

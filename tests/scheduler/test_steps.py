@@ -149,7 +149,7 @@ def test_abort_in_every_state() -> None:
 def test_abort_of_an_unknown_request_does_nothing() -> None:
     deployment = Deployment(capacity())
     events = deployment.scheduler.abort(7)
-    assert (events.requests, events.tokens, events.started, events.finished) == ([], [], [], [])
+    assert (len(events.request_ids), len(events.tokens), events.started, events.finished) == (0, 0, [], [])
 
 
 def test_answers_that_do_not_fit_are_refused_and_change_nothing() -> None:
@@ -196,4 +196,4 @@ def test_events_of_plan_come_with_the_next_answer_or_when_asked_for() -> None:
     deployment.send()
     events = scheduler.apply(deployment.workers[0].deliver())
     assert [each.request.id for each in events.started] == [2]
-    assert [each.id for each in events.requests] == [0, 1]
+    assert events.request_ids.tolist() == [0, 1]

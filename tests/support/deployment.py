@@ -127,10 +127,10 @@ class Deployment:
         for started in events.started:
             assert started.request.id not in self.started, "started twice"
             self.started[started.request.id] = started
-        for request, token in zip(events.requests, events.tokens, strict=True):
-            assert request.id in self.started, "a token before the start"
-            assert request.id not in self.finished, "a token after the end"
-            self.tokens[request.id].append(token)
+        for request_id, token in zip(events.request_ids.tolist(), events.tokens.tolist(), strict=True):
+            assert request_id in self.started, "a token before the start"
+            assert request_id not in self.finished, "a token after the end"
+            self.tokens[request_id].append(token)
         for finished in events.finished:
             assert finished.request.id not in self.finished, "finished twice"
             self.finished[finished.request.id] = finished
