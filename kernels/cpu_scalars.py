@@ -27,10 +27,12 @@ MIN_PARALLEL_WORK = 1 << 17  # multiply-adds, tens of microseconds: less is not 
 
 # Reductions may be reordered and fused multiply-adds used; infinities and NaNs keep their meaning.
 _FASTMATH = {"reassoc", "contract", "nsz", "arcp"}
-# numba's type stubs count the typing context among the caller's arguments
-_intrinsic = cast(Callable[[Callable[..., Any]], Any], extending.intrinsic)
 _FLOAT, _HALF, _I16, _I32 = ir.FloatType(), ir.HalfType(), ir.IntType(16), ir.IntType(32)
 _KIND_TYPES = (types.uint16, types.int16, types.float32)
+
+
+# numba's type stubs count the typing context among the caller's arguments
+intrinsic = cast(Callable[[Callable[..., Any]], Any], extending.intrinsic)
 
 
 def jit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
@@ -46,6 +48,38 @@ def jit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     return decorate
 
 
+def kernel_address(function: Callable[..., Any], num_ints: int, num_floats: int, *kinds: Any) -> int:
+    """Compiles function(int64 * num_ints, float64 * num_floats, kinds) by itself; `call` runs it by its address.
+
+    Numba compiles whatever a kernel calls once more with the kernel. A large one would cost its compilation again in
+    every caller of every caller.
+    """
+    signature = types.void(*[types.int64] * num_ints, *[types.float64] * num_floats, *map(numba.typeof, kinds))
+    settings: dict[str, Any] = {"fastmath": _FASTMATH, "error_model": "numpy", "nopython": True}
+    try:
+        compiled = numba.cfunc(signature, cache=True, **settings)(function)
+    except RuntimeError:  # numba: "no locator available"
+        compiled = numba.cfunc(signature, **settings)(function)
+    _compiled.append(compiled)
+    return cast(int, compiled.address)
+
+
+_compiled: list[Any] = []  # code lives as long as its function
+
+
+@intrinsic
+def call(typing_context: Any, address: Any, args: Any) -> Any:
+    """Calls the kernel at `address` with the tuple `args`."""
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        parts = [builder.extract_value(values[1], index) for index in range(len(signature.args[1]))]
+        function = ir.FunctionType(ir.VoidType(), [part.type for part in parts])
+        builder.call(builder.inttoptr(values[0], function.as_pointer()), parts)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, args), codegen
+
+
 def num_chunks(work: int) -> int:
     """How many threads should share `work` multiply-adds; as many as torch uses, or one."""
     threads = min(torch.get_num_threads(), int(numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
@@ -55,7 +89,7 @@ def num_chunks(work: int) -> int:
     return threads
 
 
-@_intrinsic
+@intrinsic
 def load(typing_context: Any, address: Any, index: Any, kind: Any) -> Any:
     """Element `index` of the tensor at `address` as float32."""
     if kind not in _KIND_TYPES:
@@ -70,7 +104,7 @@ def load(typing_context: Any, address: Any, index: Any, kind: Any) -> Any:
     return types.float32(types.int64, types.int64, kind), codegen
 
 
-@_intrinsic
+@intrinsic
 def store(typing_context: Any, address: Any, index: Any, value: Any, kind: Any) -> Any:
     """Writes float32 `value` to element `index` of the tensor at `address`, rounded to nearest even."""
     if kind not in _KIND_TYPES:
@@ -93,7 +127,7 @@ def store(typing_context: Any, address: Any, index: Any, value: Any, kind: Any) 
     return types.void(types.int64, types.int64, types.float32, kind), codegen
 
 
-@_intrinsic
+@intrinsic
 def load_int32(typing_context: Any, address: Any, index: Any) -> Any:
     """Element `index` of the int32 tensor at `address`, as int64."""
 
@@ -104,7 +138,7 @@ def load_int32(typing_context: Any, address: Any, index: Any) -> Any:
     return types.int64(types.int64, types.int64), codegen
 
 
-@_intrinsic
+@intrinsic
 def load_int64(typing_context: Any, address: Any, index: Any) -> Any:
     """Element `index` of the int64 tensor at `address`."""
 
@@ -114,7 +148,48 @@ def load_int64(typing_context: Any, address: Any, index: Any) -> Any:
     return types.int64(types.int64, types.int64), codegen
 
 
-@_intrinsic
+@intrinsic
+def store_int64(typing_context: Any, address: Any, index: Any, value: Any) -> Any:
+    """Writes element `index` of the int64 tensor at `address`."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.store(args[2], _element(context, builder, signature, args, ir.IntType(64)))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def load_float64(typing_context: Any, address: Any, index: Any) -> Any:
+    """Element `index` of the float64 tensor at `address`."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.load(_element(context, builder, signature, args, ir.DoubleType()))
+
+    return types.float64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def item_bytes(typing_context: Any, kind: Any) -> Any:
+    """Bytes of an element, a constant to the compiler."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return ir.Constant(ir.IntType(64), 4 if kind == types.float32 else 2)
+
+    return types.int64(kind), codegen
+
+
+@intrinsic
+def is_paired(typing_context: Any, kind: Any) -> Any:
+    """Whether tiles read the elements two rows at a time (bfloat16), a constant to the compiler."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return ir.Constant(ir.IntType(1), kind == types.uint16)
+
+    return types.boolean(kind), codegen
+
+
+@intrinsic
 def _power_of_two(typing_context: Any, exponent: Any) -> Any:
     """2 ** exponent as float32, for an int32 exponent in [-126, 127]."""
 

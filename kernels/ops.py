@@ -18,6 +18,7 @@ from manta.kernels import (
     rope_kv_write_cpu,
     silu_mul_cpu,
 )
+from manta.kernels.cpu_decoder import layout
 from manta.kernels.metadata import AttentionMetadata
 
 
@@ -75,10 +76,23 @@ def make_linear(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tenso
     return lambda x: F.linear(x, weight, bias)
 
 
+def uses_cpu_decoder(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the whole decoder runs as one kernel (`cpu_decoder`) instead of the operations above.
+
+    On every CPU but for bfloat16 on those with matrix units (AMX), which oneDNN uses and `cpu_decoder` does not.
+    """
+    return device.type == "cpu" and not (dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported())
+
+
+def page_shape(block_size: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> tuple[int, int]:
+    """The last two dimensions of a KV cache tensor: one head's page of block_size tokens."""
+    return layout.page_shape(block_size, head_dim) if uses_cpu_decoder(dtype, device) else (block_size, head_dim)
+
+
 def warm_up(dtype: torch.dtype, device: torch.device) -> None:
     """Compiles every kernel a model of this dtype runs, so that no request waits for it. Sizes are run-time values."""
-    if device.type != "cpu":
-        return
+    if device.type != "cpu" or uses_cpu_decoder(dtype, device):
+        return  # the decoder has been compiled when the model was built
     dim = 16
     ones = torch.ones(dim, dtype=dtype)
     keys, values = (torch.zeros(2, 1, 8, dim, dtype=dtype) for _ in range(2))

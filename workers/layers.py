@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from manta.configs.model import ModelSpec
 from manta.kernels import ops
+from manta.kernels.cpu_decoder.stage import Linear
 from manta.workers.mesh import Mesh
 from manta.workers.weights import local_size, padded_vocab_size
 
@@ -41,6 +42,13 @@ class _Linear(Layer):
         assert self.weight is not None
         self.apply_weight = ops.make_linear(self.weight, self.bias)
         self.weight = None
+
+    def take(self) -> Linear:
+        """Weight and bias, which the layer no longer has afterwards."""
+        assert self.weight is not None
+        taken = Linear(self.weight, self.bias)
+        self.weight = self.bias = None
+        return taken
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, in] -> [T, out]."""
@@ -79,6 +87,11 @@ class RowLinear(_Linear):
         if self.mesh.tp_rank > 0:
             self.bias = None
         super().prepare()
+
+    def take(self) -> Linear:
+        if self.mesh.tp_rank > 0:
+            self.bias = None
+        return super().take()
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, in / tp] -> [T, out], the same on every tp rank."""

@@ -106,9 +106,8 @@ def load_rank(config: ServeConfig, placement: Placement) -> LoadedRank:
     )
     model = load_model(folder, spec, mesh, dtype, load_format=config.load_format, seed=config.seed)
     loaded_s = time.perf_counter()
-    bytes_per_block = (
-        2 * model.num_local_layers * model.num_local_kv_heads * config.block_size * spec.head_dim * dtype.itemsize
-    )
+    page = ops.page_shape(config.block_size, spec.head_dim, dtype, device)
+    bytes_per_block = 2 * model.num_local_layers * model.num_local_kv_heads * math.prod(page) * dtype.itemsize
     num_blocks = _measure(config, spec, mesh, model, dtype, bytes_per_block, placement.num_workers_on_host)
     rank = LoadedRank(
         config=config,

@@ -226,7 +226,7 @@ def test_calls_out_of_order(fresh: WorkerClient, checkpoint: Path) -> None:
     assert status(error) == (grpc.StatusCode.FAILED_PRECONDITION, "a rank not loaded yet: Run came before Start")
     loaded = fresh.load(tiny_config(checkpoint))
     assert loaded.num_blocks == 100
-    assert loaded.bytes_per_block == 2 * 3 * 2 * 8 * 8 * 4
+    assert loaded.bytes_per_block == 2 * 3 * 2 * 16 * 16 * 4  # pages of 8 tokens and dims are padded to 16
     with pytest.raises(grpc.RpcError) as error:
         fresh.load(tiny_config(checkpoint))
     assert "Load came a second time" in status(error)[1]

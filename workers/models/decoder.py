@@ -5,12 +5,14 @@ Names of modules are the targets in workers/weights.py.
 """
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from manta.configs.model import ModelSpec
 from manta.kernels import ops
+from manta.kernels.cpu_decoder.stage import CpuStage, LayerWeights, StageShape
 from manta.kernels.metadata import AttentionMetadata, KVCache
 from manta.workers.layers import Layer, LMHead, MergedColumnLinear, QKVLinear, RMSNorm, RowLinear, VocabEmbedding
 from manta.workers.mesh import Mesh
@@ -83,6 +85,21 @@ class DecoderLayer(Layer):
         x = self.mlp(self.mlp_norm.add(x, residual))
         return x
 
+    def take_weights(self) -> LayerWeights:
+        """The layer's weights, which it no longer has afterwards."""
+        attention, mlp = self.attention, self.mlp
+        return LayerWeights(
+            input_norm=self.input_norm.weight,
+            qkv=attention.qkv.take(),
+            q_norm=None if attention.q_norm is None else attention.q_norm.weight,
+            k_norm=None if attention.k_norm is None else attention.k_norm.weight,
+            o=attention.o.take(),
+            mlp_norm=self.mlp_norm.weight,
+            gate_up=mlp.gate_up.take(),
+            down=mlp.down.take(),
+            window=attention.window,
+        )
+
 
 class CausalLM(nn.Module):
     """One rank's share of the model: its stage's layers, its tp rank's part of each."""
@@ -104,9 +121,13 @@ class CausalLM(nn.Module):
             if spec.tie_word_embeddings and mesh.is_first_stage:
                 self.lm_head.weight = self.embed.weight
         self.rope_table = rope_table(spec.rope, spec.head_dim, spec.max_position).to(mesh.device)
+        self.cpu_stage: CpuStage | None = None
 
     def prepare(self) -> None:
         """Call once, when all weights are loaded; the model can run afterwards."""
+        if ops.uses_cpu_decoder(self.dtype, self.mesh.device):
+            self.cpu_stage = _cpu_stage(self)
+            return
         for module in self.modules():
             if isinstance(module, LMHead | QKVLinear | MergedColumnLinear | RowLinear):
                 module.prepare()
@@ -119,6 +140,9 @@ class CausalLM(nn.Module):
         applied on the last stage.
         """
         residual = self.embed(x) if self.mesh.is_first_stage else x
+        if self.cpu_stage is not None:
+            all_reduce = self.mesh.all_reduce if self.mesh.tp_size > 1 else None
+            return self.cpu_stage.run(residual, metadata, kv_cache, all_reduce)
         step = StepContext(metadata, self.rope_table.index_select(0, metadata.positions))
         x_next: Tensor | None = None
         for layer, pages in zip(self.layers, kv_cache, strict=True):
@@ -131,15 +155,37 @@ class CausalLM(nn.Module):
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """[R, hidden_size] -> float32 [R, vocab_size], the same on every tp rank of the last stage."""
+        if self.cpu_stage is not None:
+            return self.mesh.all_gather_last_dim(self.cpu_stage.logits(hidden))[:, : self.spec.vocab_size]
         out: Tensor = self.lm_head(hidden)
         return out
+
+
+def _cpu_stage(model: CausalLM) -> CpuStage:
+    """Packs the model's layers for the CPU; they give up their own weights."""
+    spec, mesh = model.spec, model.mesh
+    shape = StageShape(
+        hidden=spec.hidden_size,
+        num_heads=local_size(spec, mesh, "heads") // spec.head_dim,
+        num_kv_heads=model.num_local_kv_heads,
+        head_dim=spec.head_dim,
+        intermediate=local_size(spec, mesh, "intermediate"),
+        eps=spec.rms_norm_eps,
+        is_split=mesh.tp_size > 1,
+    )
+    layers = [cast(DecoderLayer, layer).take_weights for layer in model.layers]
+    norm = model.norm.weight if mesh.is_last_stage else None
+    head = model.lm_head.take().weight if mesh.is_last_stage else None
+    return CpuStage(shape, layers, norm, head, model.rope_table, model.dtype)
 
 
 def allocate_kv_cache(
     model: CausalLM, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
 ) -> KVCache:
-    """Per local layer, keys and values [num_blocks, num_local_kv_heads, block_size, head_dim], zeroed."""
-    shape = (num_blocks, model.num_local_kv_heads, block_size, model.spec.head_dim)
+    """Per local layer, keys and values [num_blocks, num_local_kv_heads, block_size, head_dim] (on CPUs padded and laid
+    out as `kernels/cpu_decoder/layout.py` has them), zeroed."""
+    page = ops.page_shape(block_size, model.spec.head_dim, dtype, device)
+    shape = (num_blocks, model.num_local_kv_heads, *page)
     return [
         (torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
         for _ in range(model.num_local_layers)

@@ -1,0 +1,133 @@
+"""x @ weight.T by the threads of a step: weights in panels of 32 outputs.
+
+Each panel is read from memory once per BLOCK_ROWS rows, which stay in the second-level cache.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from manta.kernels.cpu_decoder.tiles import COLUMNS, LANES, MAX_ROWS, multiply_tile
+from manta.kernels.cpu_scalars import exp, is_paired, item_bytes, jit, load, load_int64, store, store_int64
+
+BLOCK_ROWS = 21 * 12  # of x: about 600 KB for 576 inputs
+
+AHEAD_BYTES = 2048  # between a fetch of weights and their use: about what a read from memory takes
+SEGMENT_BYTES = 64  # a cache line for the one address that tiles read
+SCRATCH_BYTES = SEGMENT_BYTES + 4 * MAX_ROWS * COLUMNS
+
+STORE, ADD, SILU_MUL = 0, 1, 2  # what becomes of a product: see multiply
+
+F32 = np.float32(0)
+_ONE = np.float32(1)
+
+
+def pack_weight(weight: Tensor) -> Tensor:
+    """[out, in] -> panels of 32 outputs as tiles read them: bfloat16 [ceil(out / 32), ceil(in / 2), 32, 2], others
+    [ceil(out / 32), ceil(in / 2) * 2, 32]; padded with zeros."""
+    num_out, num_in = weight.shape
+    panels, half_k = -(-num_out // COLUMNS), -(-num_in // 2)
+    if weight.shape != (panels * COLUMNS, half_k * 2):
+        padded = weight.new_zeros(panels * COLUMNS, half_k * 2)
+        padded[:num_out, :num_in] = weight
+        weight = padded
+    if weight.dtype == torch.bfloat16:
+        return weight.view(panels, COLUMNS, half_k, 2).permute(0, 2, 1, 3).contiguous()
+    return weight.view(panels, COLUMNS, half_k * 2).permute(0, 2, 1).contiguous()
+
+
+def interleave(gate_up: Tensor) -> Tensor:
+    """[2 * size, ...], gate first -> the same rows so that every panel holds 16 gates and their 16 ups, zero-padded."""
+    gate, up = gate_up.chunk(2)
+    size = gate.shape[0]
+    groups = -(-size // LANES)
+    out = gate_up.new_zeros(groups, 2, LANES, *gate_up.shape[1:])
+    for part, rows in enumerate((gate, up)):
+        padded = gate_up.new_zeros(groups * LANES, *gate_up.shape[1:])
+        padded[:size] = rows
+        out[:, part] = padded.view(groups, LANES, *gate_up.shape[1:])
+    return out.view(groups * 2 * LANES, *gate_up.shape[1:])
+
+
+@jit()
+def _finish(
+    rows: Any, panel: Any, scratch: Any, bias: Any, num_out: Any, out: Any, at: Any, out_stride: Any, mode: Any,
+    left: Any,
+) -> None:  # fmt: skip
+    """Takes a tile of sums [rows, 32] to the output, whose first row begins at element `at`."""
+    if mode == SILU_MUL:
+        first = panel * LANES
+        count = min(LANES, num_out - first)
+        for r in range(rows):
+            for j in range(count):
+                gate = load(scratch, r * COLUMNS + j, F32)
+                up = load(scratch, r * COLUMNS + LANES + j, F32)
+                if bias != 0:
+                    gate += load(bias, panel * COLUMNS + j, F32)
+                    up += load(bias, panel * COLUMNS + LANES + j, F32)
+                store(out, at + r * out_stride + first + j, up * gate / (_ONE + exp(-gate)), left)
+        return
+    first = panel * COLUMNS
+    count = min(COLUMNS, num_out - first)
+    for r in range(rows):
+        row_at = at + r * out_stride + first
+        if bias != 0:
+            for j in range(count):
+                value = load(scratch, r * COLUMNS + j, F32) + load(bias, first + j, F32)
+                store(scratch, r * COLUMNS + j, value, F32)
+        if mode == ADD:
+            for j in range(count):
+                store(out, row_at + j, load(out, row_at + j, F32) + load(scratch, r * COLUMNS + j, F32), F32)
+        else:
+            for j in range(count):
+                store(out, row_at + j, load(scratch, r * COLUMNS + j, F32), F32)
+
+
+def multiply(
+    thread: Any, threads: Any, x: Any, x_stride: Any, rows: Any, num_in: Any, linear: Any, num_out: Any, out: Any,
+    out_stride: Any, mode: Any, scratch: Any, left: Any, kind: Any,
+) -> None:  # fmt: skip
+    """This thread's part of out [rows, num_out] from x [rows, num_in] @ weight.T + bias.
+
+    STORE writes it, ADD adds to what is there, SILU_MUL writes silu(gate) * up of an interleaved weight of 2 * num_out
+    rows. x: address of elements of kind `left`, with room for MAX_ROWS more rows and zeros up to an even num_in; out:
+    of float32, after SILU_MUL of `left`; strides in elements. linear: address of two int64s, the addresses of packed
+    weight and float32 bias (or 0). scratch: SCRATCH_BYTES of the thread's own.
+    """
+    weight, bias = load_int64(linear, 0), load_int64(linear, 1)
+    half_k = (num_in + 1) // 2
+    step = 2 * COLUMNS * item_bytes(kind)
+    second = step // 2 if is_paired(kind) else step // 4  # where in a pair of rows the second 16 columns begin
+    panels = (num_out + LANES - 1) // LANES if mode == SILU_MUL else (num_out + COLUMNS - 1) // COLUMNS
+    blocks = (rows + BLOCK_ROWS - 1) // BLOCK_ROWS
+    block_rows = ((rows + blocks - 1) // blocks + MAX_ROWS - 1) // MAX_ROWS * MAX_ROWS
+    units = blocks * panels
+    sums = scratch + SEGMENT_BYTES
+    for unit in range(units * thread // threads, units * (thread + 1) // threads):
+        panel = unit % panels
+        row = unit // panels * block_rows
+        end = min(rows, row + block_rows)
+        store_int64(scratch, 0, weight + panel * half_k * step)
+        while row < end:
+            count = min(MAX_ROWS, end - row)
+            multiply_tile(
+                count,
+                x + item_bytes(left) * row * x_stride,
+                x_stride,
+                scratch,
+                1,
+                0,
+                second,
+                step,
+                half_k,
+                AHEAD_BYTES,
+                sums,
+                COLUMNS,
+                0,
+                left,
+                kind,
+            )
+            _finish(count, panel, sums, bias, num_out, out, row * out_stride, out_stride, mode, left)
+            row += count
