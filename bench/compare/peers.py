@@ -5,6 +5,7 @@ import subprocess
 import sys
 from glob import glob
 from pathlib import Path
+from typing import Any
 
 from engine_process import Spec
 
@@ -20,7 +21,18 @@ def python_of(spec: Spec, vllm_python: str | None) -> str:
     return vllm_python
 
 
-def env_of(spec: Spec, vllm_python: str | None, vllm_env: list[str], cache_folder: str | None) -> dict[str, str]:
+def options_of(spec: Spec, kv_gib: int) -> dict[str, Any]:
+    """What the spec says, with as much memory for KV blocks as every engine gets; vLLM reads that from `env_of`."""
+    memory: dict[str, dict[str, Any]] = {
+        "manta": {"kv_cache_memory_bytes": f"{kv_gib}GiB"},
+        "transformers": {"kv_gib": kv_gib},
+    }
+    return memory.get(spec.kind, {}) | spec.options
+
+
+def env_of(
+    spec: Spec, *, kv_gib: int, vllm_python: str | None, vllm_env: list[str], cache_folder: str | None
+) -> dict[str, str]:
     """Offline; compile caches in `cache_folder` if one is given. `vllm_env` are NAME=VALUE that override ours.
 
     vLLM gets every core (its own choice would leave one idle) and, as its documentation recommends, tcmalloc and
@@ -34,7 +46,7 @@ def env_of(spec: Spec, vllm_python: str | None, vllm_env: list[str], cache_folde
         assert vllm_python is not None
         cores = sorted(os.sched_getaffinity(0))
         env |= {
-            "VLLM_CPU_KVCACHE_SPACE": "4",
+            "VLLM_CPU_KVCACHE_SPACE": str(kv_gib),
             "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
             "VLLM_NO_USAGE_STATS": "1",
             "LD_PRELOAD": ":".join(_preload(vllm_python)),

@@ -53,7 +53,7 @@ def start(tmp_path, monkeypatch):
 
     def start(text):
         spec = engine_process.Spec.parse(text)
-        engines.append(engine_process.EngineProcess(spec, sys.executable, "some model", {}))
+        engines.append(engine_process.EngineProcess(spec, sys.executable, "some model", spec.options, {}))
         return engines[-1]
 
     yield start
@@ -180,7 +180,7 @@ from pathlib import Path
 sys.path.insert(0, {folder!r})
 import engine_process
 engine_process.FOLDER = Path({scripts!r})
-engine = engine_process.EngineProcess(engine_process.Spec.parse("vllm"), sys.executable, "model", {{}})
+engine = engine_process.EngineProcess(engine_process.Spec.parse("vllm"), sys.executable, "model", {{}}, {{}})
 print(json.dumps(engine.pids), flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
