@@ -24,7 +24,7 @@ class _ServeArgs(BaseSettings, ServeConfig):  # type: ignore[misc]  # both have 
     model: CliPositionalArg[str]
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """argparse with errors raised, and the nearest flag named for one that does not exist."""
 
     def error(self, message: str) -> NoReturn:
@@ -34,14 +34,14 @@ class _Parser(argparse.ArgumentParser):
             if unknown:
                 known = [flag for action in self._actions for flag in action.option_strings]
                 near = difflib.get_close_matches(unknown.split("=")[0], known, n=1)
-                hint = f"did you mean {near[0]}?" if near else "manta serve --help lists the flags"
+                hint = f"did you mean {near[0]}?" if near else f"{self.prog} --help lists the flags"
                 raise UsageError(f"unknown flag {unknown}; {hint}")
         raise UsageError(message)
 
 
 def parse_serve_config(argv: list[str]) -> ServeConfig:
     """ServeConfig from the words after `manta serve`; flags win over --config. Raises UsageError."""
-    parser = _Parser(
+    parser = Parser(
         prog="manta serve",
         usage="manta serve MODEL [flags]",
         description="Serve a model over HTTP (OpenAI-compatible) and gRPC.",
@@ -95,7 +95,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
 
 def _split_config(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[str | None, list[str]]:
     """Takes --config out, since it is no field of ServeConfig."""
-    early = _Parser(add_help=False, allow_abbrev=False, prog=parser.prog)
+    early = Parser(add_help=False, allow_abbrev=False, prog=parser.prog)
     early.add_argument("--config")
     own, rest = early.parse_known_args(argv)
     return own.config, rest

@@ -14,6 +14,7 @@ commands:
   chat           talk to a running server
   complete       continue a text with a running server
   top            watch the block tables of a running server
+  bench          measure a server, or the engine by itself: serve, throughput, latency
   collect-env    print versions and hardware, for bug reports
 
 manta COMMAND --help lists the flags of a command; manta --version prints the version.
@@ -67,6 +68,12 @@ def _top(argv: list[str]) -> int:
     return top(argv)
 
 
+def _bench(argv: list[str]) -> int:
+    from manta.cluster.cli.bench import bench
+
+    return bench(argv)
+
+
 def _collect_env(argv: list[str]) -> int:
     from manta.cluster.cli.collect_env import collect_env
 
@@ -78,6 +85,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "chat": _chat,
     "complete": _complete,
     "top": _top,
+    "bench": _bench,
     "collect-env": _collect_env,
 }
 

@@ -77,8 +77,8 @@ def test_readme_python(server: ServerProcess) -> None:
 def test_readme_flags_exist() -> None:
     """Every flag the README and the docs of this repository name is one that `manta serve` or its neighbours know."""
     known = set()
-    for command in ("serve", "chat", "complete", "top"):
-        known |= set(re.findall(r"--[a-z][a-z-]+", _manta(command, "--help").stdout))
+    for command in ("serve", "chat", "complete", "top", "bench serve", "bench throughput", "bench latency"):
+        known |= set(re.findall(r"--[a-z][a-z-]+", _manta(*command.split(), "--help").stdout))
     lines = "".join(_readme_blocks("sh")).splitlines()
     ours = [line.rpartition("manta ")[2] for line in lines if "manta " in line]
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", " ".join(ours)))
