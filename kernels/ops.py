@@ -18,7 +18,7 @@ from manta.kernels import (
     rope_kv_write_cpu,
     silu_mul_cpu,
 )
-from manta.kernels.cpu_decoder import layout
+from manta.kernels.cpu_decoder import layout, memory
 from manta.kernels.metadata import AttentionMetadata
 
 
@@ -87,6 +87,11 @@ def uses_cpu_decoder(dtype: torch.dtype, device: torch.device) -> bool:
 def page_shape(block_size: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> tuple[int, int]:
     """The last two dimensions of a KV cache tensor: one head's page of block_size tokens."""
     return layout.page_shape(block_size, head_dim) if uses_cpu_decoder(dtype, device) else (block_size, head_dim)
+
+
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A large tensor of zeros, for the KV cache: on a CPU in large memory pages, taken from the system as it fills."""
+    return memory.zeros(shape, dtype) if device.type == "cpu" else torch.zeros(shape, dtype=dtype, device=device)
 
 
 def warm_up(dtype: torch.dtype, device: torch.device) -> None:

@@ -17,6 +17,7 @@ from manta.kernels.cpu_scalars import exp, is_paired, item_bytes, jit, load, loa
 
 QUERY_ROWS = 48  # queries times heads of an item
 CHUNK_TOKENS = 128
+ITEMS_PER_THREAD = 4  # of all KV heads each: enough that threads which take one after another end together
 
 # Fields of an item of work, int64 each
 ITEM_ROW, ITEM_FIRST_QUERY, ITEM_NUM_QUERIES, ITEM_BEGIN, ITEM_END, ITEM_PART = range(6)

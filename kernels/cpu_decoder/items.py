@@ -11,26 +11,24 @@ from manta.kernels.cpu_decoder.attention import (
     ITEM_NUM_QUERIES,
     ITEM_PART,
     ITEM_ROW,
+    ITEMS_PER_THREAD,
     QUERY_ROWS,
 )
 from manta.kernels.metadata import AttentionMetadata
 
 Table = NDArray[np.int64]
 
-ITEMS_PER_THREAD = 4  # enough that threads which take one after another end at about the same time
 MIN_PART_TOKENS = 256  # a shorter part costs more to join than it saves
 
 _NO_JOINS: Table = np.zeros((0, 3), np.int64)
 
 
-def attention_items(
-    metadata: AttentionMetadata, group: int, num_kv_heads: int, num_threads: int
-) -> tuple[Table, Table, int]:
+def attention_items(metadata: AttentionMetadata, group: int, num_threads: int) -> tuple[Table, Table, int]:
     """Items [n, ITEM_FIELDS], joins [m, 3] (token, first part, number of parts), and the number of parts."""
     seq_lens = metadata.seq_lens.numpy().astype(np.int64)
     if metadata.max_query_len > 1:
         return _query_tiles(metadata, seq_lens, max(1, QUERY_ROWS // group)), _NO_JOINS, 0
-    num_parts = -(-num_threads * ITEMS_PER_THREAD // (seq_lens.size * num_kv_heads))
+    num_parts = -(-num_threads * ITEMS_PER_THREAD // seq_lens.size)
     if num_parts > 1 and num_threads > 1 and metadata.max_seq_len >= 2 * MIN_PART_TOKENS:
         return _parts(seq_lens, num_parts, metadata.block_size)
     items = np.zeros((seq_lens.size, ITEM_FIELDS), np.int64)

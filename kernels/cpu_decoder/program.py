@@ -8,6 +8,7 @@ parallelism the ranks sum their products between halves, so a call runs any rang
 from typing import Any
 
 from manta.kernels.cpu_decoder import attention, products, tokens
+from manta.kernels.cpu_decoder.attention import ITEMS_PER_THREAD
 from manta.kernels.cpu_decoder.threads import atomic_add, barrier, change_and_wake, sleep_until_changed
 from manta.kernels.cpu_scalars import call, jit, kernel_address, load_float64, load_int64, store_int64
 
@@ -99,7 +100,7 @@ def _attend(step: Any, layer: Any, thread: Any, threads: Any, scratch: Any, team
     group = load_int64(step, NUM_HEADS) // num_kv_heads
     out, out_stride = load_int64(step, ATTENDED), load_int64(step, ATTENDED_STRIDE)
     # The heads of a page lie side by side in memory: one thread takes them in turn where there is enough for all.
-    heads = num_kv_heads if load_int64(step, NUM_ITEMS) >= 4 * threads else 1
+    heads = num_kv_heads if load_int64(step, NUM_ITEMS) >= ITEMS_PER_THREAD * threads else 1
     taken = index = 0
     while True:
         if taken == 0:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from manta.kernels.cpu_decoder import attention, dot, layout, products, program
 from manta.kernels.cpu_decoder.items import attention_items
-from manta.kernels.cpu_decoder.memory import in_huge_pages
+from manta.kernels.cpu_decoder.memory import in_huge_pages, zeros
 from manta.kernels.cpu_decoder.products import interleave, pack_weight
 from manta.kernels.cpu_decoder.team import team_of
 from manta.kernels.cpu_decoder.tiles import LANES, MAX_ROWS
@@ -136,7 +136,7 @@ class CpuStage:
         x = x.contiguous()
         self._reserve(rows)
         if self._logits.numel() < rows * vocab:
-            self._logits = torch.empty(rows * vocab)
+            self._logits = zeros((rows * vocab,), torch.float32)
         out = self._logits[: rows * vocab].view(rows, vocab)
         step[program.ROWS], step[program.X], step[program.LOGITS] = rows, x.data_ptr(), out.data_ptr()
         self._team.run(program.LOGITS_JOB, step.ctypes.data)
@@ -203,13 +203,13 @@ class CpuStage:
             (program.ATTENDED, program.ATTENDED_STRIDE, heads),
             (program.GATED, program.GATED_STRIDE, shape.intermediate),
         )
-        self._activations = [torch.zeros(rows, shape.hidden) for _ in range(2)]
+        self._activations = [zeros((rows, shape.hidden), torch.float32) for _ in range(2)]
         step[program.RESIDUAL], step[program.PARTIAL] = (tensor.data_ptr() for tensor in self._activations)
         for field, stride_field, size in widths:
             # an odd number of cache lines, so that the rows of a tile do not fall into one set of the cache
             dtype = torch.float32 if field == program.QKV else self._team.left_dtype
             stride = (-(-size * dtype.itemsize // _LINE_BYTES) | 1) * _LINE_BYTES // dtype.itemsize
-            self._activations.append(torch.zeros(rows, stride, dtype=dtype))
+            self._activations.append(zeros((rows, stride), dtype))
             step[field], step[stride_field] = self._activations[-1].data_ptr(), stride
 
     def _set_pages(self, kv_cache: KVCache) -> None:
@@ -227,7 +227,7 @@ class CpuStage:
         group = shape.num_heads // shape.num_kv_heads
         if step[program.BLOCK_SIZE] != metadata.block_size:
             self._set_block_size(metadata.block_size)
-        items, joins, num_parts = attention_items(metadata, group, shape.num_kv_heads, self._team.num_threads)
+        items, joins, num_parts = attention_items(metadata, group, self._team.num_threads)
         size = num_parts * shape.num_heads * (shape.head_dim + 2)
         if self._parts.numel() < size:
             self._parts = torch.empty(size)

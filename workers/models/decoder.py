@@ -186,7 +186,4 @@ def allocate_kv_cache(
     out as `kernels/cpu_decoder/layout.py` has them), zeroed."""
     page = ops.page_shape(block_size, model.spec.head_dim, dtype, device)
     shape = (num_blocks, model.num_local_kv_heads, *page)
-    return [
-        (torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
-        for _ in range(model.num_local_layers)
-    ]
+    return [(ops.zeros(shape, dtype, device), ops.zeros(shape, dtype, device)) for _ in range(model.num_local_layers)]
