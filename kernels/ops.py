@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from manta.kernels import (
+    argmax_cpu,
     linear_cpu,
     paged_attention_cpu,
     paged_attention_sdpa,
@@ -76,6 +77,11 @@ def make_linear(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tenso
     return lambda x: F.linear(x, weight, bias)
 
 
+def argmax(logits: Tensor) -> Tensor:
+    """The best token int64 [N] of logits float32 [N, vocab]."""
+    return argmax_cpu.argmax(logits) if logits.is_cpu else logits.argmax(dim=-1)
+
+
 def uses_cpu_decoder(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the whole decoder runs as one kernel (`cpu_decoder`) instead of the operations above.
 
@@ -96,8 +102,11 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
 
 def warm_up(dtype: torch.dtype, device: torch.device) -> None:
     """Compiles every kernel a model of this dtype runs, so that no request waits for it. Sizes are run-time values."""
-    if device.type != "cpu" or uses_cpu_decoder(dtype, device):
-        return  # the decoder has been compiled when the model was built
+    if device.type != "cpu":
+        return
+    argmax_cpu.argmax(torch.zeros(1, 1))
+    if uses_cpu_decoder(dtype, device):
+        return  # it was compiled when the model was built
     dim = 16
     ones = torch.ones(dim, dtype=dtype)
     keys, values = (torch.zeros(2, 1, 8, dim, dtype=dtype) for _ in range(2))

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from manta.kernels import ops
 from manta.workers.columns import Ints
 from manta.workers.draws import uniform
 from manta.workers.filters import drop_below, top_k_cutoff, top_p_cutoff
@@ -35,10 +36,10 @@ class Sampler:
         apply_penalties(logits, table, self._tokens, slots, positions)
         rows = np.flatnonzero(table.temperature[slots])
         if not rows.size:
-            return logits.argmax(dim=-1)
+            return ops.argmax(logits)
         if rows.size == slots.size:
             return self._draw(logits, slots, positions)
-        tokens = logits.argmax(dim=-1)
+        tokens = ops.argmax(logits)
         (index,) = upload([rows], logits.device)
         tokens[index] = self._draw(logits[index], slots[rows], positions[rows])
         return tokens

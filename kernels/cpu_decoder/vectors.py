@@ -59,7 +59,7 @@ def greatest(typing_context: Any, address: Any, num_vectors: Any) -> Any:
             return builder.select(builder.fcmp_ordered(">", b, a), b, a)
 
         pointer = builder.inttoptr(args[0], _FLOATS.as_pointer())
-        best = cgutils.alloca_once_value(builder, _splat(-1.0e30))
+        best = cgutils.alloca_once_value(builder, _splat(-math.inf))
         with cgutils.for_range(builder, args[1]) as loop:
             value = builder.load(builder.gep(pointer, [loop.index]), align=4)
             builder.store(larger(builder.load(best), value), best)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from manta.kernels import cpu_scalars as scalars
 from manta.kernels import (
+    argmax_cpu,
     linear_cpu,
     ops,
     paged_attention_cpu,
@@ -18,6 +18,7 @@ from manta.kernels import (
     rope_kv_write_cpu,
     silu_mul_cpu,
 )
+from manta.kernels import cpu_scalars as scalars
 from tests.support.paging import PagedSequences
 from tests.support.tolerances import KERNEL, relative_error
 
@@ -175,8 +176,21 @@ def test_linear_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(linear_cpu.make_linear(weight, None)(x), torch.nn.functional.linear(x, weight))
 
 
+@pytest.mark.parametrize("size", [1, 15, 16, 131, 1024, 1025, 5000, 49152])
+def test_argmax(size: int) -> None:
+    logits = torch.randn(5, size + 3)[:, :size]
+    logits[1, size // 2] = logits[1, -1] = 9.0  # the first of two
+    logits[2] = -torch.inf
+    logits[3] = -2e30
+    logits[3, size - 1] = -1e30
+    assert torch.equal(argmax_cpu.argmax(logits), logits.argmax(dim=-1))
+    logits[0, 0] = torch.nan
+    assert 0 <= int(argmax_cpu.argmax(logits)[0]) < size
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_warm_up_leaves_nothing_to_compile(dtype: torch.dtype) -> None:
+def test_warm_up_leaves_nothing_to_compile(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "uses_cpu_decoder", lambda *_: False)
     ops.warm_up(dtype, torch.device("cpu"))
     kernels = [
         rms_norm_cpu._norm_rows,
