@@ -112,7 +112,7 @@ def measure_undisturbed(engine: EngineProcess, make: Callable[..., workloads.Wor
 
 def report(sample: Sample) -> None:
     figures = ", ".join(f"{name} {value:.2f}" for name, value in sample.figures.items())
-    note = "  DISTURBED by other processes" if sample.other_cores > _DISTURBED_CORES else ""
+    note = f"  DISTURBED, most by {sample.busiest_other}" if sample.other_cores > _DISTURBED_CORES else ""
     cores = f"{sample.cores:.2f} cores, others {sample.other_cores:.2f}"
     print(f"round {sample.turn} {sample.engine}: {figures} ({cores}){note}", file=sys.stderr, flush=True)
 

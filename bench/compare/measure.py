@@ -41,7 +41,8 @@ FIGURES = (
 
 @dataclass(frozen=True)
 class Sample:
-    """One measurement. `cores` is the CPU time of the engine's processes per second, `other_cores` everybody else's."""
+    """One measurement. `cores` is the CPU time of the engine's processes per second, `other_cores` everybody else's, of
+    which `busiest_other` took most."""
 
     engine: str
     workload: str
@@ -50,6 +51,7 @@ class Sample:
     num_output_tokens: int
     cores: float
     other_cores: float
+    busiest_other: str
     pss_bytes: int
     peak_rss_bytes: int
     figures: dict[str, float] = field(default_factory=dict)
@@ -67,6 +69,7 @@ def measure(engine: EngineProcess, workload: Workload, turn: int) -> Sample:
     workload = workload.head(engine.spec.limit)
     engine.resume()
     pids = engine.pids
+    others_s = process_tree.cpu_s_by_pid()
     begin_s, cpu_s, busy_s = time.perf_counter(), process_tree.cpu_s(pids), process_tree.busy_s()
     first_s = engine.run(workload.shortened(1)) if workload.name == "single" else None
     if first_s is not None:  # other tokens, or the prefix cache would know the prompt
@@ -76,6 +79,9 @@ def measure(engine: EngineProcess, workload: Workload, turn: int) -> Sample:
     total_s = engine.run(workload)
     wall_s = time.perf_counter() - begin_s
     cpu_s, busy_s = process_tree.cpu_s(pids) - cpu_s, process_tree.busy_s() - busy_s
+    others_s = {
+        pid: now_s - others_s.get(pid, 0.0) for pid, now_s in process_tree.cpu_s_by_pid().items() if pid not in pids
+    }
     pss_bytes, peak_rss_bytes = process_tree.pss_bytes(pids), process_tree.peak_rss_bytes(pids)
     engine.pause()
     return Sample(
@@ -86,6 +92,7 @@ def measure(engine: EngineProcess, workload: Workload, turn: int) -> Sample:
         workload.num_output_tokens,
         cpu_s / wall_s,
         max(0.0, busy_s - cpu_s) / wall_s,
+        process_tree.command(max(others_s, key=others_s.__getitem__)),
         pss_bytes,
         peak_rss_bytes,
         _figures(workload, total_s, first_s),

@@ -23,6 +23,20 @@ def cpu_s(pids: list[int]) -> float:
     return sum(sum(map(int, fields[11:15])) for pid in pids if (fields := _stat(pid))) * _TICK_S
 
 
+def cpu_s_by_pid() -> dict[int, float]:
+    """Seconds of CPU time of every process on the host."""
+    return {int(entry.name): cpu_s([int(entry.name)]) for entry in Path("/proc").iterdir() if entry.name.isdigit()}
+
+
+def command(pid: int) -> str:
+    """What the process runs, shortened; its number when it has ended."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    except OSError:
+        words = ""
+    return f"{pid} {words[:80]}".strip()
+
+
 def busy_s() -> float:
     """Seconds of CPU time that anything on the host has used, without what a hypervisor took."""
     user, nice, system, _idle, _iowait, irq, softirq = map(int, Path("/proc/stat").read_text().split()[1:8])

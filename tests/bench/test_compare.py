@@ -13,7 +13,7 @@ import pytest
 from tests.support.bench_scripts import BENCH, load
 
 engine_process, measure, process_tree = load("engine_process"), load("measure"), load("process_tree")
-summary, workloads = load("summary"), load("workloads")
+plot, summary, workloads = load("plot"), load("summary"), load("workloads")
 
 # Answers with made-up tokens and starts a child, as real engines do; "wrong" gives one token too few, "die" ends.
 FAKE_ENGINE = """
@@ -133,9 +133,23 @@ def test_cpu_time_of_a_tree(start):
     assert set(engine.pids) < set(process_tree.tree(os.getpid()))
 
 
+def test_whoever_disturbs_a_measurement_is_named(start):
+    engine = start("vllm")
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass  # busy beside it"])
+    try:
+        wait_for_states([busy.pid], "R")
+        workload = workloads.make_workload("mixed", vocab_size=5000)
+        deadline_s = time.monotonic() + 20
+        while "busy beside it" not in measure.measure(engine, workload, 0).busiest_other:
+            assert time.monotonic() < deadline_s
+    finally:
+        busy.kill()
+        busy.wait()
+
+
 def sample(engine, workload, pss_mib=100, **figures):
     figures = {f"{workload} {name.replace('_', ' ')}": value for name, value in figures.items()}
-    return measure.Sample(engine, workload, 0, 1.0, 1, 2.0, 0.0, pss_mib * measure.MIB, 0, figures)
+    return measure.Sample(engine, workload, 0, 1.0, 1, 2.0, 0.0, "", pss_mib * measure.MIB, 0, figures)
 
 
 SAMPLES = [
@@ -163,6 +177,21 @@ def test_table_says_how_many_times_as_good_the_first_engine_is():
     assert rows[5] == "| start: to first token, s | 3.00 | 60.0, x20.00 |"
     assert rows[6] == "| memory: highest seen, MiB | 100 | 400, x4.00 |"
     assert len(rows) == 7
+
+
+def test_plot_shows_every_figure_and_engine(tmp_path):
+    pytest.importorskip("matplotlib", reason="plots need matplotlib, of the extra 'bench'")
+    found = summary.summarize(SAMPLES, {"ours": 3.0, "theirs": 60.0})
+    plot.plot(tmp_path / "plot.svg", found, ["ours", "theirs"], "a title")
+    drawn = (tmp_path / "plot.svg").read_text()
+    texts = [
+        "a title",
+        "ours",
+        "theirs",
+        "mixed: output, tok/s (more is better)",
+        "single: per token, ms (less is better)",
+    ]
+    assert [text for text in texts if f"<!-- {text} -->" not in drawn] == []
 
 
 def test_every_figure_that_a_workload_gives_is_in_the_table(start):
