@@ -9,6 +9,7 @@ import resource
 import signal
 import ssl
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -146,11 +147,11 @@ class _Benchmark:
         args = self._args
         if run.is_interrupted:
             print(f"Interrupted: {summary.unfinished} requests were not answered and do not count")
-        if summary.failed:
-            errors = [record.error for record in run.records if record.error]
-            print(f"Failed requests (the first {min(len(errors), _NUM_ERRORS_SHOWN)} of {len(errors)}):")
-            for number, error in enumerate(errors[:_NUM_ERRORS_SHOWN]):
-                print(f"Error {number}: {error}")
+        errors = Counter(record.error for record in run.records if record.error)
+        for error, count in list(errors.items())[:_NUM_ERRORS_SHOWN]:  # in the order in which they first came
+            print(f"Error of {count} requests: {error}")
+        if len(errors) > _NUM_ERRORS_SHOWN:
+            print(f"... and {len(errors) - _NUM_ERRORS_SHOWN} other errors")
         print("\n".join(result_lines(summary, args.percentile_metrics, load.request_rate, args.max_concurrency)))
         for warning in warnings(summary, paces=load.arrivals_s[-1] > 0):
             print(f"warning: {warning}")

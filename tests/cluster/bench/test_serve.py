@@ -193,7 +193,7 @@ def test_some_requests_fail(capsys: pytest.CaptureFixture[str]) -> None:
     with FakeServer(fail_each_second) as server:
         assert bench(server) == 0
     out = capsys.readouterr().out
-    assert "Failed requests (the first 3 of 3):\nError 0: HTTP 500: out of luck\n" in out
+    assert "\nError of 3 requests: HTTP 500: out of luck\n=====" in out
     assert "Successful requests:                     3         \nFailed requests:                         3" in out
 
 
