@@ -326,3 +326,24 @@ def multiply_tile(
             left,
             kind,
         )
+
+
+@intrinsic
+def widen_panel(
+    typing_context: Any, panel: Any, half_k: Any, step: Any, offset: Any, out: Any, kind: Any
+) -> Any:  # fmt: skip
+    """out float32 [2 * half_k, 32] = pairs of rows of a panel, `step` bytes apart; `offset` is where in a pair the
+    second 16 columns begin."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        panel, half_k, step, offset, out, _ = args
+        with cgutils.for_range(builder, half_k) as loop:
+            at = builder.add(panel, builder.mul(loop.index, step))
+            target = builder.add(out, builder.mul(loop.index, _I64(8 * COLUMNS)))
+            for j, start in enumerate((at, builder.add(at, offset))):
+                for k, vector in enumerate(_right_vectors(builder, start, step, False, kind)):
+                    place = builder.add(target, _I64(4 * (k * COLUMNS + j * LANES)))
+                    builder.store(vector, builder.inttoptr(place, _FLOATS.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 5, kind), codegen
