@@ -70,7 +70,8 @@ class Admission:
         num_new = blocks_for(num_tokens, block_size) - len(hits)
         # One token at least must be computed, and that writes: a prefix that covers all ends in a copy.
         copies_last = num_new == 0
-        if copies_last and not self._has_blocks(hits, 1):
+        # A step copies blocks before it computes: what it fills itself cannot be copied yet.
+        if copies_last and (hits[-1] in draft.filling or not self._has_blocks(hits, 1)):
             hits.pop()
             num_new, copies_last = 1, False
         if not self._has_blocks(hits, num_new):

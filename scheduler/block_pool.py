@@ -101,7 +101,8 @@ class BlockPool:
         return self.by_hash.get(block_hash)
 
     def publish(self, block: int, block_hash: bytes) -> None:
-        """The full block's KV exists. Of blocks with equal content the first one published is the one found."""
+        """The full block's KV exists, or will before a later plan runs. Of blocks with equal content the first one
+        published is the one found."""
         if self.hashes[block] is None and self.by_hash.setdefault(block_hash, block) == block:
             self.hashes[block] = block_hash
 

@@ -19,6 +19,7 @@ class Draft:
     adds: list[SeqAdd] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
     prefills: dict[int, Prefill] = field(default_factory=dict)  # by slot, in plan order
+    filling: set[int] = field(default_factory=set)  # blocks published by this step, which it still has to write
 
     @property
     def num_decodes(self) -> int:
@@ -37,8 +38,15 @@ class Draft:
             table.append(block)
 
     def add_prefill(self, sequence: Sequence, num_tokens: int) -> None:
-        """The step computes the next `num_tokens` tokens of `sequence`."""
+        """The step computes the next `num_tokens` tokens of `sequence`.
+
+        The blocks these fill are published at once: a step writes the KV of all its rows before any row reads, and
+        steps run in order, so whoever is planned from now on finds it there.
+        """
         sequence.num_planned += num_tokens
+        first = sequence.num_published
+        self.replica.publish(sequence, sequence.num_planned // self.replica.capacity.block_size)
+        self.filling.update(sequence.blocks[first : sequence.num_published])
         samples = sequence.num_planned == len(sequence.tokens)
         self.prefills[sequence.slot] = Prefill(sequence, num_tokens, samples)
 

@@ -55,7 +55,6 @@ def _apply_prefills(replica: Replica, step: InFlightStep, tokens: Tokens, events
             continue
         sequence = prefill.sequence
         sequence.num_computed += prefill.num_tokens
-        replica.publish(sequence, sequence.num_computed // replica.capacity.block_size)
         if token is not None:
             num_tokens = len(sequence.tokens)
             replica.slots.tokens[slot, num_tokens] = token

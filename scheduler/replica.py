@@ -125,7 +125,7 @@ class Replica:
             self.hasher.extend(hashes, sequence.root, tokens)
 
     def publish(self, sequence: Sequence, num_full: int) -> None:
-        """The KV of its first `num_full` blocks exists."""
+        """The KV of its first `num_full` blocks exists, or is written by a step that is planned."""
         start = sequence.num_published
         if not self.enable_prefix_caching or num_full <= start:
             return

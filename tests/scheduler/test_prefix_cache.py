@@ -143,3 +143,19 @@ def test_answers_of_many_sequences_are_found_while_they_run() -> None:
         assert deployment.started[100 + id].num_cached_tokens == 12
     deployment.run()
     deployment.assert_all_as_alone()
+
+
+@pytest.mark.parametrize("budget", [16, 64])
+@pytest.mark.parametrize("num_own", [0, 1, 3])
+def test_requests_that_come_together_compute_their_prefix_once(num_own: int, budget: int) -> None:
+    """One step writes all KV before it reads any: whoever is admitted behind the first shares its blocks at once."""
+    deployment = Deployment(capacity(block_size=4, max_num_seqs=8, max_num_batched_tokens=budget))
+    shared = list(range(12))
+    for index in range(6):
+        deployment.add(request(index, [*shared, *([index] * num_own)], max_tokens=1))
+    deployment.run()
+    deployment.assert_all_as_alone()
+    (worker,) = deployment.workers
+    # A prompt without tokens of its own computes its last block again: what a step writes it cannot copy yet.
+    computed_again = num_own or 4
+    assert worker.num_computed_tokens <= 12 + num_own + 5 * computed_again

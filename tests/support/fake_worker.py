@@ -87,6 +87,7 @@ class FakeWorker:
         self.slots: dict[int, _Slot] = {}
         self.kv = np.full((self.capacity.num_blocks, self.capacity.block_size), UNWRITTEN, np.int64)
         self.readers: Counter[int] = Counter()  # block -> tables it is in
+        self.new_readers: Counter[int] = Counter()  # block -> tables that this step adds with it as computed
         self.unanswered: deque[_Unanswered] = deque()
 
     @property
@@ -109,6 +110,7 @@ class FakeWorker:
         self.step += 1
         for slot in plan.frees:
             self._free(slot)
+        self.new_readers.clear()
         for add in plan.adds:
             self._add(add)
         for slot, block in plan.grow:
@@ -150,7 +152,8 @@ class FakeWorker:
         )
         expect(0 < add.num_prompt_tokens <= num_tokens, f"slot {add.slot} has a prompt of {add.num_prompt_tokens}")
         expect(len(set(add.blocks)) == len(add.blocks), f"slot {add.slot} has a block twice")
-        # Leading full blocks may be shared: all of their content is there. The others are this slot's alone.
+        # Leading full blocks may be shared: all of their content is there, or an earlier row of this step writes it.
+        # The others are this slot's alone.
         num_shared = add.num_computed // self.capacity.block_size
         for block in add.blocks[num_shared:]:
             self._expect_new(add.slot, block)
@@ -158,6 +161,7 @@ class FakeWorker:
             add.lane, add.tokens.tolist(), add.num_computed, add.max_length, list(add.blocks), add.sampling
         )
         self.readers.update(add.blocks)
+        self.new_readers.update(add.blocks[:num_shared])
 
     def _grow(self, slot: int, block: int) -> None:
         state = self._at(slot)
@@ -209,7 +213,8 @@ class FakeWorker:
         for position in range(state.num_computed, end):
             previous = self._read(slot, position - 1) if position else kv_root(state.sampling)
             block = state.blocks[position // block_size]
-            expect(self.readers[block] == 1, f"slot {slot} writes to block {block}, which another slot reads")
+            num_others = self.readers[block] - self.new_readers[block] - 1
+            expect(num_others == 0, f"slot {slot} writes to block {block}, which another slot reads")
             self.kv[block, position % block_size] = next_kv(previous, state.tokens[position], position)
         state.num_computed = end
         self.num_computed_tokens += count
