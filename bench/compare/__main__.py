@@ -24,14 +24,16 @@ from typing import Any
 
 import machine
 import peers
+import process_tree
 import workloads
 from engine_process import EngineError, EngineProcess, Spec
-from measure import Sample, measure
+from measure import DISTURBED_CORES, Sample, measure
 from plot import plot
 from summary import summarize, table
 
-_DISTURBED_CORES = 0.1  # CPU seconds per second of others beyond which a measurement is repeated
-_MAX_ATTEMPTS = 3
+_MAX_ATTEMPTS = 4
+_QUIET_S = 0.5
+_PATIENCE_S = 20.0
 _WARM_UP_TOKENS = 4
 
 
@@ -101,18 +103,28 @@ def run_rounds(args: argparse.Namespace, engines: list[EngineProcess]) -> list[S
 
 
 def measure_undisturbed(engine: EngineProcess, make: Callable[..., workloads.Workload], turn: int) -> Sample:
-    """Measures again, with other tokens, when other processes took too much of the CPU meanwhile."""
+    """Waits a while for the host to be quiet, and measures again, with other tokens, when it was not meanwhile."""
     for attempt in range(_MAX_ATTEMPTS):
+        wait_until_quiet()
         sample = measure(engine, make(turn=turn + 1000 * attempt), turn)
         report(sample)
-        if sample.other_cores <= _DISTURBED_CORES:
+        if not sample.is_disturbed:
             break
     return sample
 
 
+def wait_until_quiet() -> None:
+    deadline_s = time.monotonic() + _PATIENCE_S
+    while time.monotonic() < deadline_s:
+        busy_s = process_tree.busy_s()
+        time.sleep(_QUIET_S)
+        if process_tree.busy_s() - busy_s <= DISTURBED_CORES * _QUIET_S:
+            return
+
+
 def report(sample: Sample) -> None:
     figures = ", ".join(f"{name} {value:.2f}" for name, value in sample.figures.items())
-    note = f"  DISTURBED, most by {sample.busiest_other}" if sample.other_cores > _DISTURBED_CORES else ""
+    note = f"  DISTURBED, most by {sample.busiest_other}" if sample.is_disturbed else ""
     cores = f"{sample.cores:.2f} cores, others {sample.other_cores:.2f}"
     print(f"round {sample.turn} {sample.engine}: {figures} ({cores}){note}", file=sys.stderr, flush=True)
 

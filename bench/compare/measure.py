@@ -9,6 +9,7 @@ from engine_process import EngineProcess
 from workloads import Workload
 
 MIB = 2**20
+DISTURBED_CORES = 0.1  # CPU seconds per second of other processes that a measurement does not bear
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,10 @@ class Sample:
     pss_bytes: int
     peak_rss_bytes: int
     figures: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def is_disturbed(self) -> bool:
+        return self.other_cores > DISTURBED_CORES
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

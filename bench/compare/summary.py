@@ -25,10 +25,14 @@ Summary = dict[str, dict[str, Spread]]  # figure key -> engine -> spread
 
 
 def summarize(samples: Iterable[Sample], starts_s: dict[str, float]) -> Summary:
-    """`starts_s` are the seconds each engine took from its start to its first token."""
+    """`starts_s` are the seconds each engine took from its start to its first token. Samples that other processes
+    disturbed count where an engine has no others of that workload."""
     samples = list(samples)
+    calm = {(sample.engine, sample.workload) for sample in samples if not sample.is_disturbed}
     values: dict[str, dict[str, list[float]]] = {}
     for sample in samples:
+        if sample.is_disturbed and (sample.engine, sample.workload) in calm:
+            continue
         for key, value in sample.figures.items():
             values.setdefault(key, {}).setdefault(sample.engine, []).append(value)
     for engine, start_s in starts_s.items():

@@ -147,9 +147,9 @@ def test_whoever_disturbs_a_measurement_is_named(start):
         busy.wait()
 
 
-def sample(engine, workload, pss_mib=100, **figures):
+def sample(engine, workload, pss_mib=100, other_cores=0.0, **figures):
     figures = {f"{workload} {name.replace('_', ' ')}": value for name, value in figures.items()}
-    return measure.Sample(engine, workload, 0, 1.0, 1, 2.0, 0.0, "", pss_mib * measure.MIB, 0, figures)
+    return measure.Sample(engine, workload, 0, 1.0, 1, 2.0, other_cores, "", pss_mib * measure.MIB, 0, figures)
 
 
 SAMPLES = [
@@ -166,6 +166,13 @@ def test_medians_and_spreads():
     assert found["mixed output"]["theirs"] == summary.Spread(100, 90, 500, 3)
     assert found["memory highest seen"]["theirs"].median == 400
     assert found["start to first token"]["theirs"].median == 60.0
+
+
+def test_disturbed_samples_count_only_where_there_are_no_others():
+    samples = [sample("a", "mixed", output=9, other_cores=0.5), sample("b", "mixed", output=8, other_cores=0.5)]
+    samples.append(sample("a", "mixed", output=20, other_cores=0.05))
+    found = summary.summarize(samples, {})["mixed output"]
+    assert found == {"a": summary.Spread(20, 20, 20, 1), "b": summary.Spread(8, 8, 8, 1)}
 
 
 def test_table_says_how_many_times_as_good_the_first_engine_is():
