@@ -1,7 +1,7 @@
 """The ranks of one replica: tp_size ranks split every layer, pp_size stages split the layers.
 
-Process groups are held by the mesh itself, so one process may hold several and nothing reads a global rank. Gloo
-carries tensors of CPU ranks, NCCL those of CUDA ranks.
+Process groups are held by the mesh itself, so one process may hold several and nothing reads a global rank. NCCL
+carries tensors of CUDA ranks; tensor-parallel CPU ranks of one host share memory; gloo carries the rest.
 """
 
 from collections import deque
@@ -14,11 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
+from manta.workers import host_collectives
+from manta.workers.collectives import Collectives, MeshError, ProcessGroupCollectives, end_group
+
 SPARE_PENDING_SENDS = 8
-
-
-class MeshError(RuntimeError):
-    """Ranks could not join or lost each other; the message names the rank and the reason."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +32,7 @@ class Mesh:
     pp_rank: int
     pp_size: int
     device: torch.device
+    _tp: Collectives | None = None  # None if tp_size is 1
     _groups: dict[str, Any] = field(default_factory=dict)  # by name: see connect_mesh
     _store: Any = None  # must outlive the groups
     _pending_sends: deque[tuple[Any, Tensor]] = field(default_factory=deque)  # work and the tensor it still reads
@@ -52,17 +52,13 @@ class Mesh:
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sums x over the tp ranks in place and returns it."""
-        if self.tp_size > 1:
-            self._groups["tp"].allreduce([x]).wait()
+        if self._tp is not None:
+            self._tp.all_reduce(x)
         return x
 
     def all_gather_last_dim(self, x: Tensor) -> Tensor:
         """[..., n] of each tp rank -> [..., tp_size * n] on all of them, in rank order."""
-        if self.tp_size == 1:
-            return x
-        parts = [torch.empty_like(x) for _ in range(self.tp_size)]
-        self._groups["tp"].allgather([parts], [x.contiguous()]).wait()
-        return torch.cat(parts, dim=-1)
+        return x if self._tp is None else self._tp.all_gather_last_dim(x)
 
     def send_hidden(self, x: Tensor) -> None:
         """Sends x [T, hidden] to the next stage; returns at once unless that one is far behind. x must not change."""
@@ -88,9 +84,10 @@ class Mesh:
         """Ends the groups. Other ranks' calls that are under way fail."""
         self._pending_sends.clear()
         for group in self._groups.values():
-            if self.device.type == "cuda":
-                group.abort()  # its communicator would otherwise wait for the other ranks
+            end_group(group)
         self._groups.clear()
+        if self._tp is not None:
+            self._tp.destroy()
 
     def _send(self, group: Any, x: Tensor, to_stage: int) -> None:
         x = x.contiguous()
@@ -119,11 +116,13 @@ def connect_mesh(
     store: Store | None = None,
     host: str = "",
     port: int = 0,
+    shared_memory: bool = True,
 ) -> Mesh:
     """Joins the replica's ranks; returns when all have.
 
     Rank 0 passes the `store` it opened, the others its `host` and `port`. `timeout_s` also bounds every later
-    collective. Raises MeshError.
+    collective. Without `shared_memory` CPU ranks of one host use gloo as those of several do; all ranks say the same.
+    Raises MeshError.
     """
     if tp_size == pp_size == 1:
         return Mesh.single(device)
@@ -137,8 +136,8 @@ def connect_mesh(
             # Stages of one tp rank; one group a direction, so that NCCL's sends cannot wait for each other.
             "hidden": _group(store, f"hidden/{tp_rank}", pp_rank, pp_size, device, timeout),
             "tokens": _group(store, f"tokens/{tp_rank}", pp_rank, pp_size, device, timeout),
-            "tp": _group(store, f"tp/{pp_rank}", tp_rank, tp_size, device, timeout),
         }
+        tp = _tp_collectives(store, tp_rank, tp_size, pp_rank, pp_size, device, timeout, shared_memory)
     except RuntimeError as error:
         where = f"{host}:{port}" if host else "its own store"
         raise MeshError(
@@ -146,7 +145,33 @@ def connect_mesh(
             f"within {timeout_s:g} s: {error}"
         ) from error
     groups = {name: group for name, group in groups.items() if group is not None}
-    return Mesh(tp_rank, tp_size, pp_rank, pp_size, device, groups, store)
+    return Mesh(tp_rank, tp_size, pp_rank, pp_size, device, tp, groups, store)
+
+
+def _tp_collectives(
+    store: Store,
+    tp_rank: int,
+    tp_size: int,
+    pp_rank: int,
+    pp_size: int,
+    device: torch.device,
+    timeout: timedelta,
+    shared_memory: bool,
+) -> Collectives | None:
+    group = _group(store, f"tp/{pp_rank}", tp_rank, tp_size, device, timeout)
+    if group is None:
+        return None
+    collectives = ProcessGroupCollectives(group)
+    if device.type == "cuda" or not shared_memory:
+        return collectives
+    return host_collectives.connect(
+        PrefixStore(f"memory/{pp_rank}", store),
+        rank=tp_rank,
+        num_ranks=tp_size,
+        num_ranks_on_host=tp_size * pp_size,
+        timeout_s=timeout.total_seconds(),
+        otherwise=collectives,
+    )
 
 
 def _group(store: Store, name: str, rank: int, size: int, device: torch.device, timeout: timedelta) -> Any:

@@ -4,7 +4,7 @@ import multiprocessing
 import pickle
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from queue import Empty
 from typing import Any
 
@@ -13,11 +13,17 @@ import torch
 from manta.workers.mesh import open_store
 
 
-def run_ranks(num_ranks: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 200.0) -> list[Any]:
+def run_ranks(
+    num_ranks: int,
+    function: Callable[..., Any],
+    *arguments: Any,
+    timeout_s: float = 200.0,
+    silent: Collection[int] = (),
+) -> list[Any]:
     """Calls function(rank, port, *arguments) in each process, `port` being a rendezvous store's on this host.
 
-    Returns the results by rank. Raises AssertionError with the traceback of the first rank that failed, and when the
-    ranks take longer than timeout_s. No process outlives the call.
+    Returns the results by rank, None for the `silent` ones, which are not waited for. Raises AssertionError with the
+    traceback of the first rank that failed, and when the ranks take longer than timeout_s. No process outlives it.
     """
     context = multiprocessing.get_context("spawn")
     store, port = open_store()
@@ -29,7 +35,8 @@ def run_ranks(num_ranks: int, function: Callable[..., Any], *arguments: Any, tim
     try:
         for process in processes:
             process.start()
-        return _collect(answers, num_ranks, time.monotonic() + timeout_s)
+        results = _collect(answers, set(range(num_ranks)) - set(silent), time.monotonic() + timeout_s)
+        return [results.get(rank) for rank in range(num_ranks)]
     finally:
         for process in processes:
             process.kill()
@@ -37,16 +44,16 @@ def run_ranks(num_ranks: int, function: Callable[..., Any], *arguments: Any, tim
         del store
 
 
-def _collect(answers: Any, num_ranks: int, deadline_s: float) -> list[Any]:
+def _collect(answers: Any, ranks: set[int], deadline_s: float) -> dict[int, Any]:
     results: dict[int, Any] = {}
-    while len(results) < num_ranks:
+    while not ranks <= results.keys():
         try:
             rank, result, error = answers.get(timeout=max(0.0, deadline_s - time.monotonic()))
         except Empty:
-            raise AssertionError(f"only ranks {sorted(results)} of {num_ranks} answered in time") from None
+            raise AssertionError(f"only ranks {sorted(results)} of {sorted(ranks)} answered in time") from None
         assert error is None, f"rank {rank} failed:\n{error}"
         results[rank] = pickle.loads(result)
-    return [results[rank] for rank in range(num_ranks)]
+    return results
 
 
 def _run_rank(rank: int, port: int, answers: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
