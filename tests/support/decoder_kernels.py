@@ -2,6 +2,7 @@
 
 import ctypes
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -29,11 +30,11 @@ class Variant:
     def __str__(self) -> str:
         return str(self.dtype).removeprefix("torch.") + ("-dot" if self.uses_dot else "")
 
-    @property
+    @cached_property
     def team(self) -> Team:
         return team_of(1, self.dtype, uses_dot=self.uses_dot)
 
-    @property
+    @cached_property
     def left(self) -> torch.dtype:
         return self.team.left_dtype
 

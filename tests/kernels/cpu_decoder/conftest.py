@@ -17,4 +17,4 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
-    torch.manual_seed(5)
+    torch.default_generator.manual_seed(5)  # torch.manual_seed takes milliseconds: it looks for devices
