@@ -106,9 +106,12 @@ def _attach(processes: list[dict[str, Any]], num_bytes: int, own_bytes: range) -
         if process["boot_id"] != _boot_id():
             raise NotSharedError(f"rank {rank} runs on another host")
     path = f"/proc/{first['pid']}/fd/{first['fd']}"
-    link = os.readlink(path)
+    try:
+        link = os.readlink(path)
+    except OSError as error:
+        raise NotSharedError(f"another container or user than rank 0's, it seems: {error}") from error
     if first["token"] not in link:
-        raise NotSharedError(f"{path} is {link}, not the memory of rank 0: they do not see the same processes")
+        raise NotSharedError(f"another container than rank 0's, it seems: {path} is {link}, not the memory to share")
     fd = os.open(path, os.O_RDWR)
     try:
         os.posix_fallocate(fd, TOKEN_PAGE_BYTES + own_bytes.start, len(own_bytes))

@@ -131,8 +131,8 @@ OBSTACLES: dict[str, tuple[int, str, Any, str]] = {
         Path(__file__),
         "rank 0: rank 1 runs on another host; rank 1: rank 0 runs",
     ),
-    "other-process": (1, "os.readlink", lambda path: "/dev/null", "rank 1: /proc/.* not the memory of rank 0"),
-    "hidden-process": (1, "os.readlink", fail_with(errno.EACCES), "rank 1: .*denied"),
+    "other-process": (1, "os.readlink", lambda path: "/dev/null", "rank 1: another container .* not the memory"),
+    "hidden-process": (1, "os.readlink", fail_with(errno.EACCES), "rank 1: another container or user .*denied"),
     "no-pidfd": (1, "os.pidfd_open", fail_with(errno.ENOSYS), "rank 1: .*not implemented"),
     "other-system": (0, "unsupported_reason", lambda: "this is MINIX", "rank 0: no memory to share: this is MINIX"),
 }
