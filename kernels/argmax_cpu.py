@@ -16,24 +16,29 @@ _BLOCK = 64 * LANES
 
 
 @jit()
+def best_token(logits: Any, size: Any) -> Any:
+    """The first of the greatest of `size` float32; NaNs are passed over."""
+    best, best_block = _LOWEST, 0
+    whole = size // _BLOCK * _BLOCK
+    for block in range(0, whole, _BLOCK):
+        value = greatest(logits + 4 * block, _BLOCK // LANES)
+        if value > best:
+            best, best_block = value, block
+    index = best_block
+    for i in range(best_block, min(best_block + _BLOCK, size)):
+        if load(logits, i, _F32) == best:
+            index = i
+            break
+    for i in range(whole, size):
+        if load(logits, i, _F32) > best:
+            best, index = load(logits, i, _F32), i
+    return index
+
+
+@jit()
 def _rows(logits: Any, stride: Any, rows: Any, size: Any, out: Any) -> None:
     for row in range(rows):
-        at = row * stride
-        best, best_block = _LOWEST, 0
-        whole = size // _BLOCK * _BLOCK
-        for block in range(0, whole, _BLOCK):
-            value = greatest(logits + 4 * (at + block), _BLOCK // LANES)
-            if value > best:
-                best, best_block = value, block
-        index = best_block
-        for i in range(best_block, min(best_block + _BLOCK, size)):
-            if load(logits, at + i, _F32) == best:
-                index = i
-                break
-        for i in range(whole, size):
-            if load(logits, at + i, _F32) > best:
-                best, index = load(logits, at + i, _F32), i
-        store_int64(out, row, index)
+        store_int64(out, row, best_token(logits + 4 * row * stride, size))
 
 
 def argmax(logits: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from manta.kernels import (
     reference,
     rms_norm_cpu,
     rope_kv_write_cpu,
+    sample_cpu,
     silu_mul_cpu,
 )
 from manta.kernels.cpu_decoder import layout, memory
@@ -80,6 +81,11 @@ def make_linear(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tenso
 def argmax(logits: Tensor) -> Tensor:
     """The best token int64 [N] of logits float32 [N, vocab]."""
     return argmax_cpu.argmax(logits) if logits.is_cpu else logits.argmax(dim=-1)
+
+
+def make_row_sampler(device: torch.device) -> sample_cpu.RowSampler | None:
+    """What chooses the tokens of all rows of a step in one call; None on devices where torch's operations do."""
+    return sample_cpu.RowSampler() if device.type == "cpu" else None
 
 
 def uses_cpu_decoder(dtype: torch.dtype, device: torch.device) -> bool:

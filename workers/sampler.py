@@ -24,6 +24,7 @@ class Sampler:
     def __init__(self, table: SamplingTable, tokens: TokenTable) -> None:
         self._table = table
         self._tokens = tokens
+        self._row_sampler = ops.make_row_sampler(tokens.ids.device)
 
     def sample(self, logits: Tensor, slots: Ints, positions: Ints) -> Tensor:
         """Token ids int64 [N], on the device.
@@ -31,6 +32,16 @@ class Sampler:
         logits float32 [N, vocab], which this overwrites; row i belongs to slots[i] and chooses the token at
         positions[i] of its sequence (both on the host).
         """
+        table = self._table
+        if self._row_sampler is None:
+            return self._sample_in_torch(logits, slots, positions)
+        if not (table.temperature[slots].any() or table.penalised[slots].any() or table.min_tokens[slots].any()):
+            return ops.argmax(logits)
+        draws = uniform(table.seed[slots], positions)
+        return self._row_sampler(logits, slots, positions, draws, table, self._tokens.ids)
+
+    def _sample_in_torch(self, logits: Tensor, slots: Ints, positions: Ints) -> Tensor:
+        """The same in operations that run on any device."""
         table = self._table
         mask_stop_tokens(logits, table, slots, positions)
         apply_penalties(logits, table, self._tokens, slots, positions)

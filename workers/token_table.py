@@ -20,6 +20,11 @@ class TokenTable:
     def __init__(self, device: torch.device) -> None:
         self._ids = torch.zeros(MIN_SLOTS, MIN_LENGTH, dtype=torch.int32, device=device)
 
+    @property
+    def ids(self) -> Tensor:
+        """int32 [slots, length], for those that read in place; until the next `reserve`."""
+        return self._ids
+
     def reserve(self, num_slots: int, length: int) -> None:
         """Makes room for `num_slots` slots of `length` tokens."""
         old_slots, old_length = self._ids.shape

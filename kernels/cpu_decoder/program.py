@@ -36,7 +36,7 @@ from manta.kernels.cpu_scalars import call, jit, kernel_address, load_float64, l
 # The memory threads meet in, in int64s; fields of different writers a cache line apart
 TEAM_GENERATION, TEAM_SLEEPERS, TEAM_BARRIER, TEAM_JOB, TEAM_KIND_OF_JOB = 0, 1, 16, 32, 33
 TEAM_FIELDS = 48
-LAYERS_JOB, LOGITS_JOB, STOP_JOB = 0, 1, 2
+LAYERS_JOB, LOGITS_JOB, STOP_JOB, CALL_JOB = 0, 1, 2, 3
 
 
 def kernel_addresses(left: Any, kind: Any) -> dict[int, int]:
@@ -235,8 +235,11 @@ def _work(thread: Any, threads: Any, team: Any, left: Any, kind: Any) -> None:
     step = load_int64(team, TEAM_JOB)
     if load_int64(team, TEAM_KIND_OF_JOB) == LAYERS_JOB:
         _run_layers(step, thread, threads, team, left, kind)
-    else:
+    elif load_int64(team, TEAM_KIND_OF_JOB) == LOGITS_JOB:
         _run_logits(step, thread, threads, team, left, kind)
+    else:  # any kernel (table, thread, threads), whose address is the first field of its table
+        call(load_int64(step, 0), (step, thread, threads))
+        barrier(team + 8 * TEAM_BARRIER, threads)
 
 
 @jit()

@@ -51,3 +51,10 @@ def team_of(num_threads: int, dtype: torch.dtype, *, uses_dot: bool) -> Team:
         if key not in _teams:
             _teams[key] = Team(num_threads, dtype, uses_dot=uses_dot)
         return _teams[key]
+
+
+def running_team(num_threads: int) -> Team | None:
+    """A team of this size that a model of any dtype has made, for work of other kinds (CALL_JOB): a second team's
+    threads would fight its threads for the cores."""
+    with _teams_lock:
+        return next((team for (size, _, _), team in _teams.items() if size == num_threads), None)

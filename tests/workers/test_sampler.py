@@ -1,4 +1,5 @@
-"""The sampler against transformers' logits processors, against softmax probabilities, and against itself alone."""
+"""The sampler against transformers' logits processors, against softmax probabilities, and against itself alone. Both
+its forms: the CPU's kernel, and torch's operations, which other devices run."""
 
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from manta.kernels import ops
 from manta.protos.sampling_pb2 import Sampling
 from manta.workers.draws import uniform
 from manta.workers.filters import top_p_cutoff
@@ -17,6 +19,12 @@ from manta.workers.token_table import TokenTable
 
 VOCAB_SIZE = 23
 OFF = {"temperature": 1.0, "top_p": 1.0, "repetition_penalty": 1.0}
+
+
+@pytest.fixture(autouse=True, params=["kernel", "torch"])
+def _form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "torch":
+        monkeypatch.setattr(ops, "make_row_sampler", lambda device: None)
 
 
 class Rig:
@@ -189,6 +197,20 @@ def test_a_row_does_not_depend_on_its_batch() -> None:
     assert [together[row] for row in order] == rig.sample(logits[order], order)
     half = order[: num_rows // 2]
     assert [together[row] for row in half] == rig.sample(logits[half], half)
+
+
+@pytest.mark.parametrize("_form", ["kernel"], indirect=True)
+def test_kernel_and_torch_choose_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig, _ = mixed_rig()
+    num_rows = len(rig.lengths)
+    with monkeypatch.context() as patch:
+        patch.setattr(ops, "make_row_sampler", lambda device: None)
+        in_torch = Sampler(rig.table, rig.tokens)
+    logits = torch.randn(num_rows, VOCAB_SIZE, generator=torch.Generator().manual_seed(10))
+    slots = np.arange(num_rows)
+    for shift in range(50):  # other draws
+        expected = in_torch.sample(logits.clone(), slots, rig.lengths + shift).tolist()
+        assert rig.sampler.sample(logits.clone(), slots, rig.lengths + shift).tolist() == expected
 
 
 def test_the_draw_changes_with_seed_and_position_only() -> None:
