@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from manta.kernels import ops
 from manta.workers.mesh import Mesh
+from manta.workers.models import decoder
 from tests.support.checkpoints import FAMILIES, make_checkpoint, make_model
 from tests.support.steps import STEPS, run_steps, sequence_tokens
 from tests.support.tolerances import LOGITS, relative_error
@@ -51,6 +53,18 @@ def test_fp32_logits_equal_transformers(family: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("family", ["llama-bias", "mistral", "qwen2", "qwen3"])
 def test_half_precision_logits_are_near(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    steps = run_steps(make_checkpoint(tmp_path, family), Mesh.single(CPU), dtype)
+    assert_steps_match(steps, expected_logits(family), LOGITS[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ["llama-bias", "qwen3"])
+def test_logits_where_the_cpu_decoder_is_not_used(
+    family: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Operation by operation, as CPUs with matrix units run bfloat16 models."""
+    monkeypatch.setattr(ops, "uses_cpu_decoder", lambda *_: False)
+    monkeypatch.setattr(decoder, "CpuStage", None)  # or the comparison is with the wrong path
     steps = run_steps(make_checkpoint(tmp_path, family), Mesh.single(CPU), dtype)
     assert_steps_match(steps, expected_logits(family), LOGITS[dtype])
 
