@@ -50,18 +50,20 @@ class Abort(_message.Message):
     def __init__(self, handles: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class EngineMessage(_message.Message):
-    __slots__ = ("handles", "tokens", "started", "finished", "refused")
+    __slots__ = ("handles", "tokens", "started", "finished", "refused", "error")
     HANDLES_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     STARTED_FIELD_NUMBER: _ClassVar[int]
     FINISHED_FIELD_NUMBER: _ClassVar[int]
     REFUSED_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
     handles: bytes
     tokens: bytes
     started: _containers.RepeatedCompositeFieldContainer[Started]
     finished: _containers.RepeatedCompositeFieldContainer[Finished]
     refused: _containers.RepeatedCompositeFieldContainer[Refused]
-    def __init__(self, handles: _Optional[bytes] = ..., tokens: _Optional[bytes] = ..., started: _Optional[_Iterable[_Union[Started, _Mapping]]] = ..., finished: _Optional[_Iterable[_Union[Finished, _Mapping]]] = ..., refused: _Optional[_Iterable[_Union[Refused, _Mapping]]] = ...) -> None: ...
+    error: str
+    def __init__(self, handles: _Optional[bytes] = ..., tokens: _Optional[bytes] = ..., started: _Optional[_Iterable[_Union[Started, _Mapping]]] = ..., finished: _Optional[_Iterable[_Union[Finished, _Mapping]]] = ..., refused: _Optional[_Iterable[_Union[Refused, _Mapping]]] = ..., error: _Optional[str] = ...) -> None: ...
 
 class Started(_message.Message):
     __slots__ = ("handle", "num_cached_tokens", "queue_s")
@@ -114,7 +116,7 @@ class InfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class InfoResponse(_message.Message):
-    __slots__ = ("config_json", "num_blocks", "block_size", "max_model_len", "device", "weight_bytes", "bytes_per_block", "startup_s", "num_replicas")
+    __slots__ = ("config_json", "num_blocks", "block_size", "max_model_len", "device", "weight_bytes", "bytes_per_block", "startup_s", "num_replicas", "link_port", "link_socket", "link_key")
     class StartupSEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -131,6 +133,9 @@ class InfoResponse(_message.Message):
     BYTES_PER_BLOCK_FIELD_NUMBER: _ClassVar[int]
     STARTUP_S_FIELD_NUMBER: _ClassVar[int]
     NUM_REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    LINK_PORT_FIELD_NUMBER: _ClassVar[int]
+    LINK_SOCKET_FIELD_NUMBER: _ClassVar[int]
+    LINK_KEY_FIELD_NUMBER: _ClassVar[int]
     config_json: str
     num_blocks: int
     block_size: int
@@ -140,7 +145,10 @@ class InfoResponse(_message.Message):
     bytes_per_block: int
     startup_s: _containers.ScalarMap[str, float]
     num_replicas: int
-    def __init__(self, config_json: _Optional[str] = ..., num_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., device: _Optional[str] = ..., weight_bytes: _Optional[int] = ..., bytes_per_block: _Optional[int] = ..., startup_s: _Optional[_Mapping[str, float]] = ..., num_replicas: _Optional[int] = ...) -> None: ...
+    link_port: int
+    link_socket: str
+    link_key: bytes
+    def __init__(self, config_json: _Optional[str] = ..., num_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., device: _Optional[str] = ..., weight_bytes: _Optional[int] = ..., bytes_per_block: _Optional[int] = ..., startup_s: _Optional[_Mapping[str, float]] = ..., num_replicas: _Optional[int] = ..., link_port: _Optional[int] = ..., link_socket: _Optional[str] = ..., link_key: _Optional[bytes] = ...) -> None: ...
 
 class LoadRequest(_message.Message):
     __slots__ = ()

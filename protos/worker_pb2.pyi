@@ -13,16 +13,22 @@ class DescribeRequest(_message.Message):
     def __init__(self, open_rendezvous: bool = ...) -> None: ...
 
 class DescribeResponse(_message.Message):
-    __slots__ = ("host", "rendezvous_port", "device", "pid")
+    __slots__ = ("host", "rendezvous_port", "device", "pid", "link_port", "link_socket", "link_key")
     HOST_FIELD_NUMBER: _ClassVar[int]
     RENDEZVOUS_PORT_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
+    LINK_PORT_FIELD_NUMBER: _ClassVar[int]
+    LINK_SOCKET_FIELD_NUMBER: _ClassVar[int]
+    LINK_KEY_FIELD_NUMBER: _ClassVar[int]
     host: str
     rendezvous_port: int
     device: str
     pid: int
-    def __init__(self, host: _Optional[str] = ..., rendezvous_port: _Optional[int] = ..., device: _Optional[str] = ..., pid: _Optional[int] = ...) -> None: ...
+    link_port: int
+    link_socket: str
+    link_key: bytes
+    def __init__(self, host: _Optional[str] = ..., rendezvous_port: _Optional[int] = ..., device: _Optional[str] = ..., pid: _Optional[int] = ..., link_port: _Optional[int] = ..., link_socket: _Optional[str] = ..., link_key: _Optional[bytes] = ...) -> None: ...
 
 class LoadRequest(_message.Message):
     __slots__ = ("config_json", "tp_rank", "pp_rank", "num_workers_on_host", "rendezvous_host", "rendezvous_port")
@@ -103,12 +109,12 @@ class StepPlan(_message.Message):
     lane: int
     frees: bytes
     adds: _containers.RepeatedCompositeFieldContainer[SeqAdd]
-    grow: bytes
+    grow: _containers.RepeatedScalarFieldContainer[int]
     copies: bytes
     holds: bytes
     prefill_slots: bytes
     prefill_lengths: bytes
-    def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., lane: _Optional[int] = ..., frees: _Optional[bytes] = ..., adds: _Optional[_Iterable[_Union[SeqAdd, _Mapping]]] = ..., grow: _Optional[bytes] = ..., copies: _Optional[bytes] = ..., holds: _Optional[bytes] = ..., prefill_slots: _Optional[bytes] = ..., prefill_lengths: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., lane: _Optional[int] = ..., frees: _Optional[bytes] = ..., adds: _Optional[_Iterable[_Union[SeqAdd, _Mapping]]] = ..., grow: _Optional[_Iterable[int]] = ..., copies: _Optional[bytes] = ..., holds: _Optional[bytes] = ..., prefill_slots: _Optional[bytes] = ..., prefill_lengths: _Optional[bytes] = ...) -> None: ...
 
 class StepResult(_message.Message):
     __slots__ = ("epoch", "step", "tokens", "device_us", "idle_us", "queue_us", "error")

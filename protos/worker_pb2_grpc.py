@@ -29,6 +29,11 @@ class WorkerStub(object):
     """One process, one device. Life of a worker: Describe -> Load -> Start -> Run ... -> (process ends).
     `Run` carries one StepPlan per step down, to every rank; the last stage's tp rank 0 answers each plan with one
     StepResult. Other ranks write to the stream only to report an error.
+
+    A message on a gRPC stream costs each side many times the processor time of a frame on a plain socket. So plans and
+    results may take a link instead: a connection to the port or socket that Describe names. Either side sends frames,
+    each a uint32 little-endian length and so many bytes: first the key of Describe, then StepPlans down and StepResults
+    up as in Run. The worker sends empty frames back, and gives the link up when nothing at all has come for 30 s.
     """
 
     def __init__(self, channel):
@@ -63,6 +68,11 @@ class WorkerServicer(object):
     """One process, one device. Life of a worker: Describe -> Load -> Start -> Run ... -> (process ends).
     `Run` carries one StepPlan per step down, to every rank; the last stage's tp rank 0 answers each plan with one
     StepResult. Other ranks write to the stream only to report an error.
+
+    A message on a gRPC stream costs each side many times the processor time of a frame on a plain socket. So plans and
+    results may take a link instead: a connection to the port or socket that Describe names. Either side sends frames,
+    each a uint32 little-endian length and so many bytes: first the key of Describe, then StepPlans down and StepResults
+    up as in Run. The worker sends empty frames back, and gives the link up when nothing at all has come for 30 s.
     """
 
     def Describe(self, request, context):
@@ -127,6 +137,11 @@ class Worker(object):
     """One process, one device. Life of a worker: Describe -> Load -> Start -> Run ... -> (process ends).
     `Run` carries one StepPlan per step down, to every rank; the last stage's tp rank 0 answers each plan with one
     StepResult. Other ranks write to the stream only to report an error.
+
+    A message on a gRPC stream costs each side many times the processor time of a frame on a plain socket. So plans and
+    results may take a link instead: a connection to the port or socket that Describe names. Either side sends frames,
+    each a uint32 little-endian length and so many bytes: first the key of Describe, then StepPlans down and StepResults
+    up as in Run. The worker sends empty frames back, and gives the link up when nothing at all has come for 30 s.
     """
 
     @staticmethod

@@ -1,5 +1,6 @@
 """Integers on the wire and columns on the host."""
 
+from collections.abc import Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -27,9 +28,9 @@ def decode_int32(data: bytes, what: str) -> NDArray[np.int32]:
     return np.frombuffer(data, dtype="<i4").astype(np.int32, copy=False)
 
 
-def decode_pairs(data: bytes, what: str) -> Ints:
-    """Little-endian uint32 pairs -> int64 [n, 2]. Raises PlanError naming `what`."""
-    values = decode_uint32(data, what)
+def decode_pairs(data: bytes | Sequence[int], what: str) -> Ints:
+    """Little-endian uint32 pairs, or the numbers themselves, -> int64 [n, 2]. Raises PlanError naming `what`."""
+    values = decode_uint32(data, what) if isinstance(data, bytes) else np.array(data, np.int64)
     if values.size % 2:
         raise PlanError(f"{what} has {values.size} numbers, which is no whole number of pairs")
     return values.reshape(-1, 2)

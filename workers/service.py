@@ -1,6 +1,7 @@
 """The Worker service of `protos/worker.proto`: its calls in order, its errors as status codes.
 
-Threads: gRPC's handle the calls, each Run stream has one that reads plans, and one compute thread does all work.
+Threads: gRPC's handle the calls, each Run stream or link has one that reads plans, and one compute thread does all
+work.
 """
 
 import logging
@@ -13,6 +14,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from manta.configs.schema import ServeConfig
 from manta.protos import worker_pb2 as pb
@@ -20,6 +22,7 @@ from manta.protos.worker_pb2_grpc import WorkerServicer
 from manta.workers.compute import ComputeThread
 from manta.workers.epochs import EpochGuard, RefusedPlanError
 from manta.workers.failures import OrderError, reason_of, status_of
+from manta.workers.links import LinkServer
 
 if TYPE_CHECKING:  # torch takes a second to import; the service can be reached before
     from manta.workers.rank import LoadedRank
@@ -44,6 +47,8 @@ class WorkerService(WorkerServicer):
         self._loaded: LoadedRank | None = None
         self._runner: Runner | None = None
         self._guard = EpochGuard()
+        self._links = LinkServer(host, self.run)
+        self._links.start()
 
     def Describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.DescribeResponse:
         """Answers while the compute thread is busy, so it also tells that the process lives."""
@@ -54,7 +59,15 @@ class WorkerService(WorkerServicer):
             if request.open_rendezvous and self._store is None:
                 self._store = open_store()
             port = self._store[1] if self._store else 0
-        return pb.DescribeResponse(host=self._host, rendezvous_port=port, device=device_name(), pid=os.getpid())
+        return pb.DescribeResponse(
+            host=self._host,
+            rendezvous_port=port,
+            device=device_name(),
+            pid=os.getpid(),
+            link_port=self._links.port,
+            link_socket=self._links.socket_name,
+            link_key=self._links.key,
+        )
 
     def Load(self, request: pb.LoadRequest, context: grpc.ServicerContext) -> pb.LoadResponse:
         try:
@@ -80,22 +93,25 @@ class WorkerService(WorkerServicer):
         return pb.StartResponse(warmup_s=time.perf_counter() - began_s)
 
     def Run(self, request_iterator: Iterator[pb.StepPlan], context: grpc.ServicerContext) -> Iterator[pb.StepResult]:
-        """Runs plans until the stream ends. Those received by then are still computed: this rank's peers may be in the
-        midst of them."""
+        try:
+            yield from self.run(request_iterator)
+        except OrderError as error:
+            self._abort(context, error)
+
+    def run(self, plans: Iterator[pb.StepPlan]) -> Iterator[pb.StepResult]:
+        """Runs plans until they end. Those received by then are still computed: this rank's peers may be in the midst
+        of them. Raises OrderError."""
         runner = self._runner
         if runner is None:
-            self._abort(context, OrderError("Run came before Start"))
-            return
+            raise OrderError("Run came before Start")
         answers: Answers = SimpleQueue()
-        reader = threading.Thread(
-            target=self._read, args=(runner, request_iterator, answers), name="plans", daemon=True
-        )
-        reader.start()
+        threading.Thread(target=self._read, args=(runner, plans, answers), name="plans", daemon=True).start()
         while (answer := answers.get()) is not None:
             yield answer()
 
     def close(self) -> None:
-        """Ends the compute thread after what it is doing."""
+        """Ends the links, and the compute thread after what it is doing."""
+        self._links.stop()
         self._compute.stop()
 
     def _load(self, request: pb.LoadRequest) -> "LoadedRank":
@@ -134,8 +150,8 @@ class WorkerService(WorkerServicer):
         try:
             for plan in plans:
                 self._compute.post(partial(self._step, runner, plan, time.perf_counter_ns(), answers))
-        except grpc.RpcError:
-            logger.info("%s: the Run stream broke; waiting for a new one", self._name)
+        except (grpc.RpcError, OSError, DecodeError):
+            logger.info("%s: the stream of plans broke; waiting for a new one", self._name)
         finally:
             self._compute.post(partial(answers.put, None))
 

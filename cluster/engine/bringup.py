@@ -67,6 +67,8 @@ async def bring_up(config: ServeConfig, spec: ModelSpec, addresses: list[list[st
 async def _bring_up_groups(config: ServeConfig, spec: ModelSpec, groups: list[WorkerGroup]) -> Deployment:
     timer = _PhaseTimer()
     described = await _on_all(groups, lambda group: _on_ranks(group, lambda rank: _describe(group, rank)))
+    for group, responses_of_group in zip(groups, described, strict=True):
+        group.note_links(responses_of_group)
     timer.end("describe")
     ranks_on_host = Counter(response.host for group in described for response in group)
     loaded = await _on_all(groups, lambda group: _load(config, group, described[groups.index(group)], ranks_on_host))

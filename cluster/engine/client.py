@@ -1,4 +1,4 @@
-"""How a frontend talks to the engine: one gRPC stream for all its requests, plain calls for the rest."""
+"""How a frontend talks to the engine: one stream for all its requests, plain calls for the rest."""
 
 import asyncio
 import logging
@@ -20,6 +20,8 @@ from manta.cluster.engine.types import (
     UnavailableError,
     resolve_sampling,
 )
+from manta.cluster.links import LinkLostError
+from manta.cluster.streams import Stream, link_address, open_stream
 from manta.protos import engine_pb2 as pb
 from manta.protos import engine_pb2_grpc
 
@@ -50,6 +52,7 @@ CHANNEL_OPTIONS = (
 )
 _FIRST_BACKOFF_S = 0.1
 _LONGEST_BACKOFF_S = 5.0
+_CONNECT = f"/{pb.DESCRIPTOR.services_by_name['Engine'].full_name}/Connect"
 _T = TypeVar("_T")
 
 
@@ -73,7 +76,7 @@ class Client(Protocol):
 
 
 class EngineClient:
-    """A `Client` over one gRPC channel. Build it with `await EngineClient.connect(address)`.
+    """A `Client` of an engine in another process. Build it with `await EngineClient.connect(address)`.
 
     When the stream breaks, every open request raises EngineLostError and the client connects again in the background;
     new requests raise EngineLostError until it has.
@@ -84,8 +87,7 @@ class EngineClient:
         self._streams = StreamTable()
         self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
         self._stub = engine_pb2_grpc.EngineStub(self._channel)
-        self._outgoing: asyncio.Queue[pb.FrontendMessage] = asyncio.Queue()
-        self._connected = False
+        self._stream: Stream | None = None  # None while not connected
         self._task: asyncio.Task[None] | None = None
 
     @classmethod
@@ -93,17 +95,16 @@ class EngineClient:
         """Raises EngineLostError when no engine answers at `address` ("host:port") in time."""
         client = cls(address)
         try:
-            await client._stub.GetInfo(pb.InfoRequest(), timeout=timeout_s, wait_for_ready=True)
+            client._stream = await client._open(timeout_s, wait_for_ready=True)
         except grpc.aio.AioRpcError as error:
             await client._channel.close()
             raise EngineLostError(f"no engine answers at {address}: {error.details()}") from None
-        client._connected = True
-        client._task = asyncio.create_task(client._stay_connected())
+        client._task = asyncio.create_task(client._stay_connected(client._stream))
         return client
 
     @property
     def connected(self) -> bool:
-        return self._connected
+        return self._stream is not None
 
     def generate(self, request: GenerationRequest) -> AsyncIterator[TokenChunk]:
         return run_request(self._streams, request, self._send)
@@ -134,8 +135,8 @@ class EngineClient:
         self._lose("the client was closed")
 
     def _send(self, message: pb.FrontendMessage) -> None:
-        if self._connected:
-            self._outgoing.put_nowait(message)
+        if self._stream is not None:
+            self._stream.write(message.SerializeToString())
         elif message.HasField("submit"):
             raise EngineLostError(f"the engine at {self._address} is not connected")
 
@@ -145,47 +146,46 @@ class EngineClient:
         except grpc.aio.AioRpcError as error:
             raise EngineLostError(f"the engine at {self._address} did not answer: {error.details()}") from None
 
+    async def _open(self, timeout_s: float, wait_for_ready: bool = False) -> Stream:
+        """A new stream. Raises AioRpcError when the engine does not answer."""
+        info = await self._stub.GetInfo(pb.InfoRequest(), timeout=timeout_s, wait_for_ready=wait_for_ready)
+        address = link_address(self._address, info.link_port, info.link_socket, info.link_key)
+        return await open_stream(address, self._channel, _CONNECT)
+
     def _lose(self, reason: str) -> None:
-        self._connected = False
-        self._outgoing = asyncio.Queue()
+        self._stream = None
         self._streams.fail_all(lambda: EngineLostError(f"lost the engine at {self._address}: {reason}"))
 
-    async def _stay_connected(self) -> None:
+    async def _stay_connected(self, stream: Stream) -> None:
+        while True:
+            try:
+                reason = await self._read(stream)
+            finally:
+                stream.close()
+            logger.warning("lost the engine at %s: %s", self._address, reason)
+            self._lose(reason)
+            stream = self._stream = await self._reopen()
+
+    async def _reopen(self) -> Stream:
+        """Returns when the engine is back."""
         backoff_s = _FIRST_BACKOFF_S
         while True:
-            if self._connected:
-                reason = await self._run_stream()
-                logger.warning("lost the engine at %s: %s", self._address, reason)
-                self._lose(reason)
-                backoff_s = _FIRST_BACKOFF_S
             await asyncio.sleep(backoff_s)
             backoff_s = min(2 * backoff_s, _LONGEST_BACKOFF_S)
             try:
-                await self._stub.GetInfo(pb.InfoRequest(), timeout=_LONGEST_BACKOFF_S)
+                return await self._open(_LONGEST_BACKOFF_S)
             except grpc.aio.AioRpcError:
                 continue  # not back yet: wait longer
-            self._connected = True
 
-    async def _run_stream(self) -> str:
-        """Serves one stream until it ends; returns why."""
-        call = self._stub.Connect()
-        writer = asyncio.create_task(self._write(call, self._outgoing))
+    async def _read(self, stream: Stream) -> str:
+        """Takes the stream's messages until it ends; returns why."""
         try:
-            while isinstance(message := await call.read(), pb.EngineMessage):
+            while True:
+                message = pb.EngineMessage.FromString(await stream.read())
+                if message.error:
+                    return str(message.error)
                 self._streams.feed(message)
-            return "it ended the stream"
         except grpc.aio.AioRpcError as error:
             return str(error.details() or error.code().name)
-        finally:
-            call.cancel()
-            writer.cancel()
-            await asyncio.gather(writer, return_exceptions=True)
-
-    @staticmethod
-    async def _write(
-        call: "grpc.aio.StreamStreamCall[pb.FrontendMessage, pb.EngineMessage]",
-        outgoing: asyncio.Queue[pb.FrontendMessage],
-    ) -> None:
-        """gRPC takes one write at a time."""
-        while True:
-            await call.write(await outgoing.get())
+        except LinkLostError as error:
+            return str(error)

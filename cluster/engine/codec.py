@@ -11,7 +11,7 @@ from manta.protos import sampling_pb2, worker_pb2
 from manta.scheduler.types import SeqAdd, StepPlan, StepResult
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Reply:
     """What a rank wrote to its stream: a result with the step's times, or an error."""
 
@@ -30,7 +30,7 @@ def encode_plan(plan: StepPlan) -> bytes:
         lane=plan.lane,
         frees=_uint32_bytes(plan.frees),
         adds=[_encode_add(add) for add in plan.adds],
-        grow=_uint32_bytes(list(chain.from_iterable(plan.grow))),
+        grow=chain.from_iterable(plan.grow),
         copies=_uint32_bytes(list(chain.from_iterable(plan.copies))),
         holds=_uint32_bytes(plan.holds),
         prefill_slots=_uint32_bytes([slot for slot, _ in plan.prefill]),

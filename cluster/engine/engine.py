@@ -156,6 +156,9 @@ class Engine:
 
     def metrics_text(self) -> bytes:
         """Prometheus exposition format."""
+        self._publisher.settle()
+        for loop in self._loops:
+            loop.settle()
         for loop, gauges in zip(self._loops, self._collector.gauges, strict=True):
             num_blocks = self.deployment.capacities[loop.index].num_blocks
             gauges.kv_cache_usage = 1.0 - self.scheduler.num_free_blocks(loop.index) / num_blocks

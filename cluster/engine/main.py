@@ -12,13 +12,12 @@ import signal
 import sys
 from contextlib import suppress
 
-import grpc.aio
 import pydantic
 import uvloop
 
 from manta.cluster.engine.bringup import BringUpError, bring_up
 from manta.cluster.engine.engine import Engine
-from manta.cluster.engine.service import serve
+from manta.cluster.engine.service import EngineServer
 from manta.cluster.engine.workers import WorkerError
 from manta.cluster.orphan import parent_ended
 from manta.cluster.preflight import PreflightError, read_model
@@ -43,7 +42,7 @@ class SchedulerServer:
         self._host = host
         self._port = port
         self._engine: Engine | None = None
-        self._server: grpc.aio.Server | None = None
+        self._server: EngineServer | None = None
 
     async def start(self) -> str:
         """Returns "host:port". Raises WorkerError, BringUpError or PreflightError with one sentence for the user."""
@@ -51,10 +50,10 @@ class SchedulerServer:
         deployment = await bring_up(self._config, spec, self._worker_addresses)
         self._engine = Engine(self._config, spec, deployment)
         self._engine.start()
-        self._server, address = await serve(self._engine, self._host, self._port)
+        self._server = await EngineServer.start(self._engine, self._host, self._port)
         gc.collect()
         gc.freeze()  # what exists now lives as long as the process: collections need not look at it
-        return address
+        return self._server.address
 
     async def lost(self) -> str:
         """Once started: returns the reason when no replica is left."""

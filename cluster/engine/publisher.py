@@ -9,6 +9,7 @@ import numpy as np
 from manta.cluster.engine.frontend import MAX_PENDING_BYTES, Frontend
 from manta.cluster.engine.metrics import ReplicaMetrics
 from manta.cluster.engine.request_table import RequestTable
+from manta.cluster.engine.token_times import TokenTimes
 from manta.protos import engine_pb2 as pb
 from manta.scheduler.types import Events, Finished, Started
 
@@ -29,6 +30,7 @@ class Publisher:
         self._metrics = metrics
         self._max_pending_bytes = max_pending_bytes
         self._table = RequestTable()
+        self._times = TokenTimes(self._table)
         self._frontends: dict[int, Frontend] = {}
         self._num_frontends = 0
         self._num_open = 0
@@ -73,16 +75,23 @@ class Publisher:
             self._publish_started(started, metrics, now_s)
         if len(events.tokens):
             self._publish_tokens(events, metrics, now_s)
+        if events.finished:
+            self._times.settle()
         for finished in events.finished:
             self._publish_finished(finished, metrics, now_s)
 
     def fail_all(self, message: str) -> None:
         """Ends every open request with reason "error"."""
+        self._times.settle()
         for frontend in self._frontends.values():
             for handle in list(frontend.requests):
                 self._metrics[0].finished["error"] += 1
                 frontend.add_finished(pb.Finished(handle=handle, reason="error", error=message))
                 self.close_request(frontend, handle)
+
+    def settle(self) -> None:
+        """Brings the metrics up to date."""
+        self._times.settle()
 
     def open_request_ids(self) -> Iterable[int]:
         return [request_id for frontend in self._frontends.values() for request_id in frontend.requests.values()]
@@ -104,17 +113,7 @@ class Publisher:
     def _publish_tokens(self, events: Events, metrics: ReplicaMetrics, now_s: float) -> None:
         table = self._table
         rows = table.rows(events.request_ids)
-        last_s = table.last_token_s[rows]
-        is_first = last_s == 0.0
-        if is_first.any():
-            first_rows = rows[is_first]
-            table.first_token_s[first_rows] = now_s
-            metrics.ttft_s.observe_many(now_s - table.arrival_s[first_rows])
-            last_s = last_s[~is_first]
-        table.last_token_s[rows] = now_s
-        metrics.itl_s.observe_many(now_s - last_s)
-        metrics.generation_tokens.value += len(rows)
-
+        self._times.note(metrics, rows, now_s)
         handles, tokens = table.handle[rows], events.tokens
         if len(self._frontends) == 1:
             next(iter(self._frontends.values())).add_tokens(handles, tokens)

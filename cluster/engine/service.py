@@ -1,4 +1,4 @@
-"""The gRPC service that frontends connect to (protos/engine.proto), around an Engine."""
+"""What frontends connect to (protos/engine.proto): a gRPC service, and links, around an Engine."""
 
 import asyncio
 import logging
@@ -10,6 +10,8 @@ import grpc.aio
 
 from manta.cluster.engine.engine import Engine
 from manta.cluster.engine.frontend import Frontend, SlowFrontendError
+from manta.cluster.link_listener import LinkListener
+from manta.cluster.links import Link
 from manta.protos import engine_pb2 as pb
 from manta.protos import engine_pb2_grpc
 
@@ -28,10 +30,11 @@ SERVER_OPTIONS = (
 
 
 class EngineService(engine_pb2_grpc.EngineServicer):
-    """Each Connect stream is one frontend."""
+    """Each Connect stream and each link is one frontend."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, host: str) -> None:
         self._engine = engine
+        self.links = LinkListener(host, self.serve_link)
 
     async def Connect(
         self, messages: AsyncIterator[pb.FrontendMessage], context: "grpc.aio.ServicerContext[Any, Any]"
@@ -55,15 +58,44 @@ class EngineService(engine_pb2_grpc.EngineServicer):
     async def _read(self, frontend: Frontend, messages: AsyncIterator[pb.FrontendMessage]) -> None:
         try:
             async for message in messages:
-                if message.HasField("submit"):
-                    self._engine.submit(frontend, message.submit)
-                else:
-                    self._engine.abort(frontend, list(message.abort.handles))
+                self._take(frontend, message)
         finally:
             frontend.close()
 
+    def _take(self, frontend: Frontend, message: pb.FrontendMessage) -> None:
+        if message.HasField("submit"):
+            self._engine.submit(frontend, message.submit)
+        else:
+            self._engine.abort(frontend, list(message.abort.handles))
+
+    async def serve_link(self, link: Link) -> None:
+        """As Connect. Raises LinkLostError when the frontend is gone."""
+        frontend = self._engine.open_frontend()
+        writer = asyncio.create_task(self._write(frontend, link))
+        try:
+            while True:
+                self._take(frontend, pb.FrontendMessage.FromString(await link.read()))
+        except ValueError as error:
+            link.write(pb.EngineMessage(error=str(error)).SerializeToString())
+        finally:
+            writer.cancel()
+            self._engine.close_frontend(frontend)
+
+    @staticmethod
+    async def _write(frontend: Frontend, link: Link) -> None:
+        try:
+            while (message := await frontend.take()) is not None:
+                link.write(message.SerializeToString())
+                await link.drain()
+        except SlowFrontendError as error:
+            logger.warning("a frontend is cut off: %s", error)
+            link.write(pb.EngineMessage(error=str(error)).SerializeToString())
+            link.close()
+
     async def GetInfo(self, request: pb.InfoRequest, context: object) -> pb.InfoResponse:
-        return self._engine.info()
+        info = self._engine.info()
+        info.link_port, info.link_socket, info.link_key = self.links.port, self.links.socket_name, self.links.key
+        return info
 
     async def GetLoad(self, request: pb.LoadRequest, context: object) -> pb.LoadResponse:
         return self._engine.load()
@@ -78,10 +110,25 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         return pb.DrainResponse(drained=await self._engine.drain(request.timeout_s))
 
 
-async def serve(engine: Engine, host: str, port: int) -> tuple["grpc.aio.Server", str]:
-    """Starts the service; returns the server and its "host:port". Port 0 takes a free one."""
-    server = grpc.aio.server(options=SERVER_OPTIONS)
-    engine_pb2_grpc.add_EngineServicer_to_server(EngineService(engine), server)
-    bound = server.add_insecure_port(f"{host}:{port}")
-    await server.start()
-    return server, f"{host}:{bound}"
+class EngineServer:
+    """The service on a port. Build it with `await EngineServer.start(...)`."""
+
+    def __init__(self, server: "grpc.aio.Server", links: LinkListener, address: str) -> None:
+        self.address = address  # "host:port"
+        self._server = server
+        self._links = links
+
+    @classmethod
+    async def start(cls, engine: Engine, host: str, port: int) -> "EngineServer":
+        """Port 0 takes a free one."""
+        service = EngineService(engine, host)
+        server = grpc.aio.server(options=SERVER_OPTIONS)
+        engine_pb2_grpc.add_EngineServicer_to_server(service, server)
+        bound = server.add_insecure_port(f"{host}:{port}")
+        await server.start()
+        service.links.start()
+        return cls(server, service.links, f"{host}:{bound}")
+
+    async def stop(self, grace_s: float | None) -> None:
+        """Ends the streams; calls get `grace_s` to finish."""
+        await asyncio.gather(self._links.stop(grace_s), self._server.stop(grace_s))

@@ -1,11 +1,11 @@
-"""The workers of one replica as the scheduler process reaches them: a channel each, and one Run stream per epoch."""
+"""The workers of one replica as the scheduler process reaches them."""
 
 import asyncio
 
 import grpc
 import grpc.aio
 
-from manta.cluster.engine.codec import Reply, decode_reply
+from manta.cluster.streams import LinkAddress, Stream, link_address, open_stream
 from manta.protos import worker_pb2 as pb
 from manta.protos import worker_pb2_grpc
 
@@ -35,6 +35,7 @@ class WorkerGroup:
     def __init__(self, addresses: list[str], output_rank: int) -> None:
         self.addresses = addresses
         self.output_rank = output_rank
+        self._links: list[LinkAddress | None] = [None] * len(addresses)
         self._channels = [grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) for address in addresses]
         self.stubs = [worker_pb2_grpc.WorkerStub(channel) for channel in self._channels]
 
@@ -42,10 +43,16 @@ class WorkerGroup:
         """What a failed call means, in one sentence."""
         return WorkerError(rank, self.addresses[rank], describe_rpc_error(error))
 
-    def open_epoch(self) -> "EpochStreams":
-        """A Run stream to every rank, for one epoch."""
-        calls = [channel.stream_stream(_RUN)() for channel in self._channels]
-        return EpochStreams(self, calls)
+    def note_links(self, described: list[pb.DescribeResponse]) -> None:
+        """What the ranks said of where they take links."""
+        self._links = [
+            link_address(address, response.link_port, response.link_socket, response.link_key)
+            for address, response in zip(self.addresses, described, strict=True)
+        ]
+
+    async def open_run(self, rank: int) -> Stream:
+        """A stream that carries plans down and results up."""
+        return await open_stream(self._links[rank], self._channels[rank], _RUN)
 
     async def check(self, timeout_s: float) -> None:
         """Raises WorkerError for the first rank whose process does not answer in time."""
@@ -60,59 +67,6 @@ class WorkerGroup:
     async def close(self) -> None:
         for channel in self._channels:
             await channel.close()
-
-
-class EpochStreams:
-    """One open Run stream per rank. Any failure of any rank is raised as WorkerError and ends the epoch."""
-
-    def __init__(self, group: WorkerGroup, calls: list["grpc.aio.StreamStreamCall[bytes, bytes]"]) -> None:
-        self._group = group
-        self._calls = calls
-        self._output = calls[group.output_rank]
-
-    async def send(self, plan: bytes) -> None:
-        """Writes the same bytes to every rank."""
-        if len(self._calls) == 1:
-            await self._write(0, plan)
-        else:
-            await asyncio.gather(*(self._write(rank, plan) for rank in range(len(self._calls))))
-
-    async def receive(self) -> Reply:
-        """The output rank's next result."""
-        return await self._read(self._group.output_rank)
-
-    async def watch(self, rank: int) -> None:
-        """Returns never; raises when a rank that only speaks on errors has spoken or is gone."""
-        reply = await self._read(rank)
-        raise self._failure(rank, f"answered step {reply.result.step}, but only rank {self._group.output_rank} may")
-
-    def close(self) -> None:
-        for call in self._calls:
-            call.cancel()
-
-    async def _write(self, rank: int, plan: bytes) -> None:
-        try:
-            await self._calls[rank].write(plan)
-        except grpc.aio.AioRpcError as error:
-            raise self._group.error(rank, error) from None
-        except asyncio.InvalidStateError:  # the stream ended before this write: the reader knows the reason better
-            await self._read(rank)
-            raise self._failure(rank, "ended its stream") from None
-
-    async def _read(self, rank: int) -> Reply:
-        try:
-            message = await self._calls[rank].read()
-        except grpc.aio.AioRpcError as error:
-            raise self._group.error(rank, error) from None
-        if not isinstance(message, bytes):
-            raise self._failure(rank, "ended its stream")
-        reply = decode_reply(message)
-        if reply.error:
-            raise self._failure(rank, reply.error)
-        return reply
-
-    def _failure(self, rank: int, reason: str) -> WorkerError:
-        return WorkerError(rank, self._group.addresses[rank], reason)
 
 
 def describe_rpc_error(error: grpc.aio.AioRpcError) -> str:

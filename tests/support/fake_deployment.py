@@ -10,11 +10,11 @@ from manta.cluster.engine.bringup import bring_up
 from manta.cluster.engine.client import EngineClient, GenerationRequest, TokenChunk
 from manta.cluster.engine.engine import Engine
 from manta.cluster.engine.replica import Deadlines
-from manta.cluster.engine.service import serve
+from manta.cluster.engine.service import EngineServer
 from manta.configs.model import ModelSpec, parse_model_spec
 from manta.configs.sampling import SamplingParams
 from manta.configs.schema import ServeConfig
-from tests.support.fake_worker_server import VOCAB_SIZE, FakeWorker, FakeWorkerServer
+from tests.support.fake_worker_server import VOCAB_SIZE, FakeWorker, FakeWorkerServer, Transport
 
 TEST_TIMEOUT_S = 60.0
 FAST = Deadlines(step_s=0.5, step_per_token_s=0.0, probe_s=1.0, check_every_s=0.05)
@@ -95,12 +95,14 @@ async def fake_deployment(
     config: ServeConfig | None = None,
     spec: ModelSpec | None = None,
     make_worker: Callable[[], FakeWorker] = FakeWorker,
+    transport: Transport = "unix",
     **engine_options: Any,
 ) -> AsyncIterator[FakeDeployment]:
     """Workers for every rank of every replica, brought up; an engine; a connected client."""
     config, spec = config or fake_config(), spec or fake_spec()
     servers = [
-        [FakeWorkerServer(make_worker()) for _ in range(config.num_ranks)] for _ in range(config.data_parallel_size)
+        [FakeWorkerServer(make_worker(), transport) for _ in range(config.num_ranks)]
+        for _ in range(config.data_parallel_size)
     ]
     addresses = [[await server.start() for server in replica] for replica in servers]
     lost: list[tuple[int, str]] = []
@@ -111,11 +113,11 @@ async def fake_deployment(
     } | engine_options
     engine = Engine(config, spec, deployment, **options)
     engine.start()
-    server, address = await serve(engine, "127.0.0.1", 0)
-    client = await EngineClient.connect(address)
+    server = await EngineServer.start(engine, "127.0.0.1", 0)
+    client = await EngineClient.connect(server.address)
     workers = [[server.worker for server in replica] for replica in servers]
     try:
-        yield FakeDeployment(engine, client, address, workers, servers, lost)
+        yield FakeDeployment(engine, client, server.address, workers, servers, lost)
     finally:
         await client.close()
         await engine.stop()

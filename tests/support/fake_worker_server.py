@@ -2,10 +2,14 @@
 KV each block holds, and "samples" tokens by arithmetic that a test can redo."""
 
 import asyncio
+import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
-from typing import Any
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any, Literal
 
 import grpc
 import grpc.aio
@@ -14,8 +18,10 @@ import numpy as np
 from manta.configs.schema import ServeConfig
 from manta.protos import worker_pb2 as pb
 from manta.protos import worker_pb2_grpc
+from manta.workers.links import LinkServer
 
 VOCAB_SIZE = 1000
+Transport = Literal["grpc", "unix", "tcp"]  # what plans travel over
 
 
 def fake_next_token(last_token: int, position: int, seed: int) -> int:
@@ -70,7 +76,7 @@ class FakeDevice:
             del self.slots[slot]
         for add in plan.adds:
             self._add(add)
-        for slot, block in _column(plan.grow).reshape(-1, 2).tolist():
+        for slot, block in zip(plan.grow[::2], plan.grow[1::2], strict=True):
             require(slot in self.slots, f"growth of the empty slot {slot}")
             self.slots[slot].blocks.append(block)
         for source, destination in _column(plan.copies).reshape(-1, 2).tolist():
@@ -142,6 +148,12 @@ def _column(data: bytes) -> Any:
     return np.frombuffer(data, "<u4").astype(int)
 
 
+@dataclass(frozen=True)
+class _Waiting:
+    plan: pb.StepPlan
+    arrived_s: float
+
+
 class FakeWorker(worker_pb2_grpc.WorkerServicer):
     """One rank. The attributes set by a test take effect at once."""
 
@@ -157,11 +169,18 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         self.started_blocks: int | None = None
         self.load: pb.LoadRequest | None = None
         self.device: FakeDevice | None = None
+        self.links: LinkServer | None = None
         self._config: ServeConfig | None = None
+        self._num_queued = 0
+        self._idle_from_s = time.perf_counter()
 
     async def Describe(self, request: pb.DescribeRequest, context: Any) -> pb.DescribeResponse:
         port = 12345 if request.open_rendezvous else 0
-        return pb.DescribeResponse(host="127.0.0.1", rendezvous_port=port, device="cpu", pid=1)
+        response = pb.DescribeResponse(host="127.0.0.1", rendezvous_port=port, device="cpu", pid=1)
+        if self.links is not None:
+            response.link_port, response.link_socket = self.links.port, self.links.socket_name
+            response.link_key = self.links.key
+        return response
 
     async def Load(self, request: pb.LoadRequest, context: Any) -> pb.LoadResponse:
         if self.load_error is not None:
@@ -177,33 +196,60 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         return pb.StartResponse(warmup_s=0.0)
 
     async def Run(self, plans: AsyncIterator[pb.StepPlan], context: Any) -> AsyncIterator[pb.StepResult]:
-        queue: asyncio.Queue[tuple[pb.StepPlan, float]] = asyncio.Queue()
-        queued = 0
+        queue: asyncio.Queue[_Waiting] = asyncio.Queue()
 
         async def read() -> None:
-            nonlocal queued
             async for plan in plans:
-                queued += 1
-                self.max_queued = max(self.max_queued, queued)
-                queue.put_nowait((plan, time.perf_counter()))
+                queue.put_nowait(self._arrived(plan))
 
         reader = asyncio.create_task(read())
-        idle_from_s = time.perf_counter()
         try:
             while True:
-                plan, arrived_s = await queue.get()
-                start_s = time.perf_counter()
-                result = await self._step(plan)
-                end_s = time.perf_counter()
-                result.device_us = int((end_s - start_s) * 1e6)
-                result.queue_us = int((start_s - arrived_s) * 1e6)
-                result.idle_us = int((start_s - idle_from_s) * 1e6)
-                idle_from_s = end_s
-                queued -= 1
+                result = await self._answer(await queue.get())
                 if result.error or self._is_output():
                     yield result
         finally:
             reader.cancel()
+
+    def open_links(self, over_tcp: bool) -> None:
+        """Takes links on the running event loop; `over_tcp` hides the Unix socket, as from a scheduler far away."""
+        loop = asyncio.get_running_loop()
+
+        def read(plans: Iterator[pb.StepPlan], queue: SimpleQueue[_Waiting | None]) -> None:
+            with contextlib.suppress(OSError):
+                for plan in plans:
+                    queue.put(self._arrived(plan))
+            queue.put(None)
+
+        def serve(plans: Iterator[pb.StepPlan]) -> Iterator[pb.StepResult]:
+            queue: SimpleQueue[_Waiting | None] = SimpleQueue()
+            Thread(target=read, args=(plans, queue), daemon=True).start()
+            with contextlib.suppress(CancelledError):  # the test is over
+                while (waiting := queue.get()) is not None:
+                    result = asyncio.run_coroutine_threadsafe(self._answer(waiting), loop).result()
+                    if result.error or self._is_output():
+                        yield result
+
+        self.links = LinkServer("127.0.0.1", serve)
+        if over_tcp:
+            self.links.socket_name = ""
+        self.links.start()
+
+    def _arrived(self, plan: pb.StepPlan) -> _Waiting:
+        self._num_queued += 1
+        self.max_queued = max(self.max_queued, self._num_queued)
+        return _Waiting(plan, time.perf_counter())
+
+    async def _answer(self, waiting: _Waiting) -> pb.StepResult:
+        start_s = time.perf_counter()
+        result = await self._step(waiting.plan)
+        end_s = time.perf_counter()
+        result.device_us = int((end_s - start_s) * 1e6)
+        result.queue_us = int((start_s - waiting.arrived_s) * 1e6)
+        result.idle_us = int((start_s - self._idle_from_s) * 1e6)
+        self._idle_from_s = end_s
+        self._num_queued -= 1
+        return result
 
     async def _step(self, plan: pb.StepPlan) -> pb.StepResult:
         assert self.device is not None
@@ -230,15 +276,18 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
 
 
 class FakeWorkerServer:
-    """A FakeWorker behind a real gRPC server on this event loop."""
+    """A FakeWorker behind a real gRPC server on this event loop, and behind links where `transport` says so."""
 
-    def __init__(self, worker: FakeWorker | None = None) -> None:
+    def __init__(self, worker: FakeWorker | None = None, transport: Transport = "grpc") -> None:
         self.worker = worker or FakeWorker()
+        self._transport = transport
         self.address = ""
         self._server: grpc.aio.Server | None = None
 
     async def start(self) -> str:
         options = (("grpc.http2.max_ping_strikes", 0), ("grpc.so_reuseport", 0))
+        if self._transport != "grpc":
+            self.worker.open_links(over_tcp=self._transport == "tcp")
         self._server = grpc.aio.server(options=options)
         worker_pb2_grpc.add_WorkerServicer_to_server(self.worker, self._server)
         self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
@@ -247,6 +296,8 @@ class FakeWorkerServer:
 
     async def stop(self) -> None:
         """Also how a test kills the worker: the streams break and nobody listens any more."""
+        if self.worker.links is not None:
+            self.worker.links.stop()
         if self._server is not None:
             await self._server.stop(None)
             self._server = None

@@ -57,7 +57,7 @@ def step_plan(
         lane=lane,
         frees=uint32(frees or []),
         adds=adds or [],
-        grow=uint32([number for pair in grow or [] for number in pair]),
+        grow=[number for pair in grow or [] for number in pair],
         copies=uint32([number for pair in copies or [] for number in pair]),
         holds=uint32(holds or []),
         prefill_slots=uint32([slot for slot, _ in prefill or []]),

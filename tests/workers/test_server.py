@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from manta.protos.sampling_pb2 import Sampling
 from manta.workers.server import WorkerServer
 from tests.support.checkpoints import make_checkpoint
+from tests.support.link_stream import LinkStream
 from tests.support.plans import Driver, seq_add, step_plan
 from tests.support.worker_client import WorkerClient, run_to_the_end, tiny_config
 
@@ -198,6 +199,32 @@ def test_a_new_stream_follows_one_that_broke(worker: WorkerClient, expected: lis
     driver.take(stream.step(driver.plan([(0, 5)])))
     run_to_the_end(driver, stream)
     assert driver.output(0) == expected[1]
+
+
+@pytest.mark.parametrize("local", [True, False], ids=["unix", "tcp"])
+def test_a_link_carries_the_same(worker: WorkerClient, expected: list[list[int]], local: bool) -> None:
+    described = worker.describe()
+    stream = LinkStream(described.link_port, described.link_socket if local else "", described.link_key)
+    driver = Driver(block_size=8, epoch=next(EPOCHS))
+    for slot, prompt in enumerate(prompts()[:3]):
+        driver.add(slot, prompt, NUM_NEW)
+    plans = [driver.plan([(slot, len(prompt)) for slot, prompt in enumerate(prompts()[:3])])]
+    while driver.unfinished:
+        plans.append(driver.plan([]))
+    for plan in plans:
+        stream.send(plan)
+    stream.close()  # what was received by then is still answered
+    for _ in plans:
+        driver.take(stream.receive())
+    assert stream.receive_frame() == b""
+    assert [driver.output(slot) for slot in range(3)] == expected[:3]
+    assert "epoch" in worker.run().step(step_plan(1, epoch=1)).error  # the epoch is the worker's, whatever the stream
+
+
+def test_a_link_before_start_is_closed(fresh: WorkerClient) -> None:
+    described = fresh.describe()
+    stream = LinkStream(described.link_port, described.link_socket, described.link_key)
+    assert stream.receive_frame() == b""
 
 
 def test_a_stream_that_is_closed_is_answered_to_its_end(worker: WorkerClient) -> None:

@@ -204,7 +204,7 @@ def test_refuses_columns_of_broken_bytes() -> None:
     with pytest.raises(PlanError, match="step 1: frees has 3 bytes"):
         make_table().apply(StepPlan(step=1, frees=b"abc"))
     with pytest.raises(PlanError, match="step 1: grow has 1 numbers"):
-        make_table().apply(StepPlan(step=1, grow=b"abcd"))
+        make_table().apply(StepPlan(step=1, grow=[7]))
 
 
 def test_a_sequence_freezes_at_its_max_length() -> None:

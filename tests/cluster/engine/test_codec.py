@@ -32,7 +32,7 @@ def test_a_plan_has_every_field_in_the_contracts_form() -> None:
     message = worker_pb2.StepPlan.FromString(encode_plan(plan))
     assert (message.epoch, message.step, message.lane) == (2, 2**40, 1)
     assert uint32s(message.frees) == [5, 6]
-    assert uint32s(message.grow) == [1, 2, 3, 4]
+    assert list(message.grow) == [1, 2, 3, 4]
     assert uint32s(message.copies) == [7, 8]
     assert uint32s(message.holds) == [9]
     assert uint32s(message.prefill_slots) == [3, 10]

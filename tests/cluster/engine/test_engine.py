@@ -1,6 +1,7 @@
 """The engine behind its gRPC service, with fake workers that refuse wrong differences."""
 
 import asyncio
+from functools import partial
 from typing import Any
 
 import grpc.aio
@@ -12,7 +13,7 @@ from manta.cluster.engine.types import DrainingError
 from manta.protos import engine_pb2 as pb
 from manta.protos import sampling_pb2, worker_pb2
 from tests.support.fake_deployment import collect, fake_config, fake_deployment, fake_spec, request, run, until
-from tests.support.fake_worker_server import FakeWorker, fake_tokens
+from tests.support.fake_worker_server import FakeWorker, Transport, fake_tokens
 
 
 def prompt_of(index: int, length: int) -> list[int]:
@@ -25,13 +26,15 @@ async def read_to_the_end(call: Any) -> None:
         pass
 
 
+@pytest.mark.parametrize("transport", ["grpc", "unix", "tcp"])
 @pytest.mark.parametrize(
     ("tp", "pp", "dp"), [(1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 2)], ids=["1", "tp2", "pp2", "tp2-pp2-dp2"]
 )
-def test_every_request_gets_its_own_tokens(tp: int, pp: int, dp: int) -> None:
+def test_every_request_gets_its_own_tokens(tp: int, pp: int, dp: int, transport: Transport) -> None:
     async def test() -> None:
         config = fake_config(tensor_parallel_size=tp, pipeline_parallel_size=pp, data_parallel_size=dp)
-        async with fake_deployment(config, make_worker=lambda: FakeWorker(num_blocks=64)) as deployment:
+        worker = partial(FakeWorker, num_blocks=64)
+        async with fake_deployment(config, make_worker=worker, transport=transport) as deployment:
             shapes = [(i, 1 + i * 13 % 90, 1 + i * 5 % 40) for i in range(60)]
             requests = [request(prompt_of(i, length), n, seed=i) for i, length, n in shapes]
             results = await asyncio.gather(*(collect(deployment.client.generate(one)) for one in requests))

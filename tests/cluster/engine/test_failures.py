@@ -9,12 +9,13 @@ from manta.cluster.engine.types import DrainingError, UnavailableError
 from manta.protos import engine_pb2
 from manta.protos import worker_pb2 as pb
 from tests.support.fake_deployment import collect, fake_config, fake_deployment, request, run, until
-from tests.support.fake_worker_server import FakeWorker, fake_tokens
+from tests.support.fake_worker_server import FakeWorker, Transport, fake_tokens
 
 
-def test_a_step_error_replays_with_the_same_tokens() -> None:
+@pytest.mark.parametrize("transport", ["grpc", "unix"])
+def test_a_step_error_replays_with_the_same_tokens(transport: Transport) -> None:
     async def test() -> None:
-        async with fake_deployment() as deployment:
+        async with fake_deployment(transport=transport) as deployment:
             worker = deployment.workers[0][0]
             worker.fail_at_step = 9
             requests = [request([i, i + 1], 30, seed=i) for i in range(8)]
@@ -74,9 +75,10 @@ def test_a_worker_that_fails_again_and_again_is_given_up() -> None:
     run(test())
 
 
-def test_a_killed_worker_ends_requests_with_an_error() -> None:
+@pytest.mark.parametrize("transport", ["grpc", "unix"])
+def test_a_killed_worker_ends_requests_with_an_error(transport: Transport) -> None:
     async def test() -> None:
-        async with fake_deployment(make_worker=lambda: FakeWorker(step_s=0.01)) as deployment:
+        async with fake_deployment(make_worker=lambda: FakeWorker(step_s=0.01), transport=transport) as deployment:
             running = [asyncio.create_task(collect(deployment.client.generate(request([i], 400)))) for i in range(20)]
             scheduler = deployment.engine.scheduler
             await until(lambda: scheduler.num_running + scheduler.num_waiting == 20, "all are taken")
@@ -97,10 +99,13 @@ def test_a_killed_worker_ends_requests_with_an_error() -> None:
     run(test())
 
 
-def test_another_replica_takes_over() -> None:
+@pytest.mark.parametrize("transport", ["grpc", "unix"])
+def test_another_replica_takes_over(transport: Transport) -> None:
     async def test() -> None:
         config = fake_config(data_parallel_size=2, max_num_seqs=4)
-        async with fake_deployment(config, make_worker=lambda: FakeWorker(step_s=0.005)) as deployment:
+        async with fake_deployment(
+            config, make_worker=lambda: FakeWorker(step_s=0.005), transport=transport
+        ) as deployment:
             requests = [request([i, 3], 60, seed=i) for i in range(12)]
             running = [asyncio.create_task(collect(deployment.client.generate(one))) for one in requests]
             await until(lambda: deployment.engine.scheduler.num_running == 8, "both replicas are full")
@@ -116,9 +121,10 @@ def test_another_replica_takes_over() -> None:
     run(test())
 
 
-def test_a_stalled_worker_does_not_hang_the_engine() -> None:
+@pytest.mark.parametrize("transport", ["grpc", "unix"])
+def test_a_stalled_worker_does_not_hang_the_engine(transport: Transport) -> None:
     async def test() -> None:
-        async with fake_deployment() as deployment:
+        async with fake_deployment(transport=transport) as deployment:
             worker = deployment.workers[0][0]
             worker.stalled = True
             tokens, last = await collect(deployment.client.generate(request([1], 5)))
@@ -129,7 +135,8 @@ def test_a_stalled_worker_does_not_hang_the_engine() -> None:
     run(test())
 
 
-def test_a_wrong_answer_ends_the_epoch() -> None:
+@pytest.mark.parametrize("transport", ["grpc", "unix"])
+def test_a_wrong_answer_ends_the_epoch(transport: Transport) -> None:
     class Babbler(FakeWorker):
         babble = True
 
@@ -141,7 +148,7 @@ def test_a_wrong_answer_ends_the_epoch() -> None:
             return result
 
     async def test() -> None:
-        async with fake_deployment(make_worker=Babbler) as deployment:
+        async with fake_deployment(make_worker=Babbler, transport=transport) as deployment:
             tokens, _ = await collect(deployment.client.generate(request([1], 20)))
             assert tokens == fake_tokens([1], 20, seed=0)
             device = deployment.workers[0][0].device
