@@ -139,7 +139,7 @@ def main() -> None:
         last = torch.arange(1, num_rows + 1) * num_new - 1
 
         def step(ids: torch.Tensor = ids, metadata: AttentionMetadata = metadata, last: torch.Tensor = last) -> None:
-            model.logits(model(ids, metadata, kv_cache)[last])
+            model.logits(model(ids, metadata, kv_cache, last))
 
         whole = median_ms(step)
         rest = kernels.without(every, lambda: median_ms(step, 0.3))

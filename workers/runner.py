@@ -23,7 +23,9 @@ from manta.workers.token_table import TokenTable
 class Model(Protocol):
     """What the runner needs of a model; `models.decoder.CausalLM` is one."""
 
-    def __call__(self, x: Tensor, metadata: AttentionMetadata, kv_cache: KVCache) -> Tensor: ...
+    def __call__(
+        self, x: Tensor, metadata: AttentionMetadata, kv_cache: KVCache, sampled: Tensor | None = None
+    ) -> Tensor: ...
 
     def logits(self, hidden: Tensor) -> Tensor: ...
 
@@ -98,7 +100,8 @@ class Runner:
         """This stage's layers over the rows. Returns the sampled ids int64 [N] on the last stage, None elsewhere."""
         mesh = self._mesh
         batch = build_batch(rows, self._slots, self._limits.block_size, mesh.device)
-        hidden = self._model(self._inputs(batch), batch.metadata, self._kv_cache)
+        sampled = batch.sampled_tokens if mesh.is_last_stage else None
+        hidden = self._model(self._inputs(batch), batch.metadata, self._kv_cache, sampled)
         if not mesh.is_last_stage:
             mesh.send_hidden(hidden)
             if mesh.is_first_stage and rows.sampled.size:
@@ -106,7 +109,7 @@ class Runner:
             return None
         if not rows.sampled.size:
             return None
-        logits = self._model.logits(hidden[batch.sampled_tokens])
+        logits = self._model.logits(hidden)
         tokens = self._sampler.sample(logits, rows.sampled_slots, rows.sampled_positions)
         self._tokens.put(batch.sampled_slots, batch.sampled_positions, tokens)
         if not mesh.is_first_stage:

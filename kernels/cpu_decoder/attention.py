@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from manta.kernels.cpu_decoder.tiles import COLUMNS, LANES, MAX_ROWS, multiply_tile
-from manta.kernels.cpu_decoder.vectors import exp_row, greatest
+from manta.kernels.cpu_decoder.vectors import exp_row, greatest, shrink_rows
 from manta.kernels.cpu_scalars import exp, is_paired, item_bytes, jit, load, load_int32, load_int64, store, store_int64
 
 QUERY_ROWS = 48  # queries times heads of an item
@@ -32,7 +32,7 @@ def scratch_bytes(group: int, page_tokens: int, page_dims: int) -> int:
     """What `attend_item` needs of a thread's own memory."""
     rows = max(QUERY_ROWS, group) + MAX_ROWS
     columns = chunk_pages(page_tokens) * page_tokens + COLUMNS
-    floats = rows * (page_dims + _accumulator_stride(page_dims) + 2 * columns + 2)
+    floats = rows * (page_dims + _accumulator_stride(page_dims) + 2 * columns) + 4 * (rows + LANES)
     return 4 * floats + 8 * (chunk_pages(page_tokens) + 2) + 1024
 
 
@@ -82,27 +82,6 @@ def _score_chunk(
 
 
 @jit()
-def _weigh_row(
-    scores: Any, weights: Any, at: Any, low: Any, high: Any, columns: Any, top: Any, left: Any
-) -> Any:  # fmt: skip
-    """weights = e ** (score - greatest) for columns low : high of a row of scores, zeros for the others.
-
-    Returns the sum of the weights and the greatest score so far, which is no less than `top`.
-    """
-    for j in range(low):
-        store(scores, at + j, _LOWEST, _F32)
-    for j in range(high, columns):
-        store(scores, at + j, _LOWEST, _F32)
-    highest = max(top, greatest(scores + 4 * at, columns // LANES))
-    total = exp_row(scores + 4 * at, columns // LANES, highest, weights + item_bytes(left) * at, left)
-    for j in range(low):
-        store(weights, at + j, _ZERO, left)
-    for j in range(high, columns):
-        store(weights, at + j, _ZERO, left)
-    return total, highest
-
-
-@jit()
 def _add_values(
     rows: Any, weights: Any, stride: Any, pages: Any, num_tokens: Any, block_size: Any, page_dims: Any, acc: Any,
     acc_stride: Any, left: Any, kind: Any,
@@ -134,29 +113,50 @@ def _add_values(
 
 
 @jit()
+def _seen(query: Any, window: Any, base: Any, num_tokens: Any) -> Any:
+    """Columns low : high of a chunk from token `base` are what the query at this position sees."""
+    high = max(0, min(query + 1 - base, num_tokens))
+    return min(high, max(0, query - window + 1 - base)), high
+
+
+@jit()
+def _fill_outside(row: Any, low: Any, high: Any, columns: Any, value: Any, kind: Any) -> None:
+    """Columns of a row that are not in low : high = value."""
+    for j in range(low):
+        store(row, j, value, kind)
+    for j in range(high, columns):
+        store(row, j, value, kind)
+
+
+@jit()
 def _weigh_chunk(
     rows: Any, group: Any, position: Any, window: Any, base: Any, num_tokens: Any, scores: Any, weights: Any,
-    stride: Any, top: Any, norm: Any, acc: Any, acc_stride: Any, page_dims: Any, left: Any,
+    stride: Any, top: Any, norm: Any, now: Any, shrink: Any, acc: Any, acc_stride: Any, page_dims: Any, left: Any,
 ) -> None:  # fmt: skip
-    """Takes the scores of tokens base : base + num_tokens into each row's maximum, sum and accumulator."""
-    columns = (num_tokens + LANES - 1) // LANES * LANES
+    """Takes the scores of tokens base : base + num_tokens into each row's maximum, sum and accumulator.
+
+    In loops of few dependences over rows, so that what a row waits for the next ones fill.
+    """
+    num_vectors = (num_tokens + LANES - 1) // LANES
+    columns = num_vectors * LANES
     for i in range(rows):
-        query_position = position + i // group
-        high = max(0, min(query_position + 1 - base, num_tokens))
-        low = min(high, max(0, query_position - window + 1 - base))
-        highest = load(top, i, _F32)
-        if low == high:
-            for j in range(columns):
-                store(weights, i * stride + j, _ZERO, left)
-            continue
-        total, now = _weigh_row(scores, weights, i * stride, low, high, columns, highest, left)
-        if now > highest:
-            shrink = exp(highest - now) if highest > _LOWEST else _ZERO
-            store(top, i, now, _F32)
-            store(norm, i, load(norm, i, _F32) * shrink, _F32)
+        row = scores + 4 * i * stride
+        low, high = _seen(position + i // group, window, base, num_tokens)
+        _fill_outside(row, low, high, columns, _LOWEST, _F32)
+        store(now, i, max(load(top, i, _F32), greatest(row, num_vectors)), _F32)
+    shrink_rows(top, now, shrink, (rows + LANES - 1) // LANES)
+    for i in range(rows):
+        row = weights + item_bytes(left) * i * stride
+        low, high = _seen(position + i // group, window, base, num_tokens)
+        total = exp_row(scores + 4 * i * stride, num_vectors, load(top, i, _F32), row, left)
+        if low == high:  # all of it so low that nothing seen so far is higher
+            total = _ZERO
+        _fill_outside(row, low, high, columns, _ZERO, left)
+        factor = load(shrink, i, _F32)
+        store(norm, i, load(norm, i, _F32) * factor + total, _F32)
+        if factor != _ONE:
             for d in range(page_dims):
-                store(acc, i * acc_stride + d, load(acc, i * acc_stride + d, _F32) * shrink, _F32)
-        store(norm, i, load(norm, i, _F32) + total, _F32)
+                store(acc, i * acc_stride + d, load(acc, i * acc_stride + d, _F32) * factor, _F32)
 
 
 @jit()
@@ -195,7 +195,7 @@ def attend_item(
     scores = acc + 4 * space * acc_stride
     weights = scores if item_bytes(left) == 4 else scores + 4 * space * stride
     top = weights + 4 * space * stride
-    norm = top + 4 * space
+    norm, now, shrink = top + 4 * (space + LANES), top + 8 * (space + LANES), top + 12 * (space + LANES)
     _load_queries(
         rows,
         qkv,
@@ -231,8 +231,8 @@ def attend_item(
         base = block * block_size
         num_tokens = min(end - base, num_pages * block_size)
         _weigh_chunk(
-            rows, group, position, window, base, num_tokens, scores, weights, stride, top, norm, acc, acc_stride,
-            page_dims, left,
+            rows, group, position, window, base, num_tokens, scores, weights, stride, top, norm, now, shrink, acc,
+            acc_stride, page_dims, left,
         )  # fmt: skip
         _add_values(rows, weights, stride, value_pages, num_tokens, block_size, page_dims, acc, acc_stride, left, kind)
     part = load_int64(item, ITEM_PART)

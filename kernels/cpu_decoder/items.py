@@ -17,26 +17,33 @@ from manta.kernels.cpu_decoder.attention import (
 from manta.kernels.metadata import AttentionMetadata
 
 Table = NDArray[np.int64]
+Work = tuple[Table, Table, int]  # items [n, ITEM_FIELDS], joins [m, 3] (token, first part, number of parts), parts
 
 MIN_PART_TOKENS = 256  # a shorter part costs more to join than it saves
 
-_NO_JOINS: Table = np.zeros((0, 3), np.int64)
+NO_JOINS: Table = np.zeros((0, 3), np.int64)
 
 
-def attention_items(metadata: AttentionMetadata, group: int, num_threads: int) -> tuple[Table, Table, int]:
-    """Items [n, ITEM_FIELDS], joins [m, 3] (token, first part, number of parts), and the number of parts."""
+def attention_items(metadata: AttentionMetadata, group: int, num_threads: int) -> Work:
+    """A step's attention for so many threads."""
     seq_lens = metadata.seq_lens.numpy().astype(np.int64)
     if metadata.max_query_len > 1:
-        return _query_tiles(metadata, seq_lens, max(1, QUERY_ROWS // group)), _NO_JOINS, 0
+        return _query_tiles(metadata, seq_lens, max(1, QUERY_ROWS // group)), NO_JOINS, 0
     num_parts = -(-num_threads * ITEMS_PER_THREAD // seq_lens.size)
     if num_parts > 1 and num_threads > 1 and metadata.max_seq_len >= 2 * MIN_PART_TOKENS:
         return _parts(seq_lens, num_parts, metadata.block_size)
+    return single_queries(metadata), NO_JOINS, 0
+
+
+def single_queries(metadata: AttentionMetadata) -> Table:
+    """Rows of one token each, every one a whole."""
+    seq_lens = metadata.seq_lens.numpy()
     items = np.zeros((seq_lens.size, ITEM_FIELDS), np.int64)
     items[:, ITEM_ROW] = np.arange(seq_lens.size)
     items[:, ITEM_NUM_QUERIES] = 1
     items[:, ITEM_END] = seq_lens
     items[:, ITEM_PART] = -1
-    return items, _NO_JOINS, 0
+    return items
 
 
 def _query_tiles(metadata: AttentionMetadata, seq_lens: Table, tile: int) -> Table:
@@ -51,7 +58,7 @@ def _query_tiles(metadata: AttentionMetadata, seq_lens: Table, tile: int) -> Tab
     return np.ascontiguousarray(items[np.argsort(-count * end, kind="stable")])
 
 
-def _parts(seq_lens: Table, num_parts: int, block_size: int) -> tuple[Table, Table, int]:
+def _parts(seq_lens: Table, num_parts: int, block_size: int) -> Work:
     """Every row's sequence cut into parts of whole blocks, the same number for all rows of about a length."""
     parts = np.clip(seq_lens // MIN_PART_TOKENS, 1, num_parts)
     length = -(-seq_lens // (parts * block_size)) * block_size

@@ -9,8 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from manta.kernels.cpu_decoder.threads import atomic_add
 from manta.kernels.cpu_decoder.tiles import COLUMNS, LANES, MAX_ROWS, multiply_tile, widen_panel
-from manta.kernels.cpu_scalars import exp, is_paired, item_bytes, jit, load, load_int64, store, store_int64
+from manta.kernels.cpu_decoder.vectors import silu_mul_row
+from manta.kernels.cpu_scalars import is_paired, item_bytes, jit, load, load_int64, store, store_int64
 
 BLOCK_ROWS = 21 * 12  # of x: about 600 KB for 576 inputs
 
@@ -18,12 +20,12 @@ AHEAD_BYTES = 2048  # between a fetch of weights and their use: about what a rea
 SEGMENT_BYTES = 64  # a cache line for the one address that tiles read
 WIDE_HALF_K = 96  # pairs of rows of a panel that are widened at a time: 24 KiB, in the first-level cache
 MIN_WIDE_ROWS = 10 * 12  # for fewer, widening apart saves nothing (measured: 0.95 at 64 rows, 1.0 to 1.06 from 128 on)
+MIN_COUNTED_ROWS = 16  # for fewer, weights are read as fast as memory gives them, best in one go
 SCRATCH_BYTES = SEGMENT_BYTES + 4 * (BLOCK_ROWS + MAX_ROWS + 2 * WIDE_HALF_K) * COLUMNS
 
 STORE, ADD, SILU_MUL = 0, 1, 2  # what becomes of a product: see multiply
 
 F32 = np.float32(0)
-_ONE = np.float32(1)
 
 
 def pack_weight(weight: Tensor) -> Tensor:
@@ -59,26 +61,25 @@ def _finish(
     left: Any,
 ) -> None:  # fmt: skip
     """Takes a block of sums [rows, 32] to the output, whose first row begins at element `at`."""
+    if bias != 0:
+        width = COLUMNS if mode == SILU_MUL else min(COLUMNS, num_out - panel * COLUMNS)
+        for r in range(rows):
+            for j in range(width):
+                value = load(scratch, r * COLUMNS + j, F32) + load(bias, panel * COLUMNS + j, F32)
+                store(scratch, r * COLUMNS + j, value, F32)
     if mode == SILU_MUL:
         first = panel * LANES
         count = min(LANES, num_out - first)
         for r in range(rows):
+            gate = scratch + 4 * r * COLUMNS
+            silu_mul_row(gate, gate + 4 * LANES)
             for j in range(count):
-                gate = load(scratch, r * COLUMNS + j, F32)
-                up = load(scratch, r * COLUMNS + LANES + j, F32)
-                if bias != 0:
-                    gate += load(bias, panel * COLUMNS + j, F32)
-                    up += load(bias, panel * COLUMNS + LANES + j, F32)
-                store(out, at + r * out_stride + first + j, up * gate / (_ONE + exp(-gate)), left)
+                store(out, at + r * out_stride + first + j, load(gate, j, F32), left)
         return
     first = panel * COLUMNS
     count = min(COLUMNS, num_out - first)
     for r in range(rows):
         row_at = at + r * out_stride + first
-        if bias != 0:
-            for j in range(count):
-                value = load(scratch, r * COLUMNS + j, F32) + load(bias, first + j, F32)
-                store(scratch, r * COLUMNS + j, value, F32)
         if mode == ADD:
             for j in range(count):
                 store(out, row_at + j, load(out, row_at + j, F32) + load(scratch, r * COLUMNS + j, F32), F32)
@@ -108,14 +109,15 @@ def _multiply_wide(
 
 def multiply(
     thread: Any, threads: Any, x: Any, x_stride: Any, rows: Any, num_in: Any, linear: Any, num_out: Any, out: Any,
-    out_stride: Any, mode: Any, scratch: Any, left: Any, kind: Any,
+    out_stride: Any, mode: Any, scratch: Any, counter: Any, left: Any, kind: Any,
 ) -> None:  # fmt: skip
     """This thread's part of out [rows, num_out] from x [rows, num_in] @ weight.T + bias.
 
     STORE writes it, ADD adds to what is there, SILU_MUL writes silu(gate) * up of an interleaved weight of 2 * num_out
     rows. x: address of elements of kind `left`, with room for MAX_ROWS more rows and zeros up to an even num_in; out:
     of float32, after SILU_MUL of `left`; strides in elements. linear: address of two int64s, the addresses of packed
-    weight and float32 bias (or 0). scratch: SCRATCH_BYTES of the thread's own.
+    weight and float32 bias (or 0). scratch: SCRATCH_BYTES of the thread's own. counter: address of an int64 that is 0
+    when the first thread comes; many rows are handed out by it, because no two cores of a shared host are as fast.
     """
     weight, bias = load_int64(linear, 0), load_int64(linear, 1)
     half_k = (num_in + 1) // 2
@@ -126,7 +128,10 @@ def multiply(
     block_rows = ((rows + blocks - 1) // blocks + MAX_ROWS - 1) // MAX_ROWS * MAX_ROWS
     units = blocks * panels
     sums = scratch + SEGMENT_BYTES
-    for unit in range(units * thread // threads, units * (thread + 1) // threads):
+    is_counted = rows >= MIN_COUNTED_ROWS
+    unit = atomic_add(counter, 1) if is_counted else units * thread // threads
+    end_unit = units if is_counted else units * (thread + 1) // threads
+    while unit < end_unit:
         panel = unit % panels
         row = unit // panels * block_rows
         end = min(rows, row + block_rows)
@@ -141,3 +146,4 @@ def multiply(
                     second, step, half_k, AHEAD_BYTES, sums + 4 * r * COLUMNS, COLUMNS, 0, left, kind,
                 )  # fmt: skip
         _finish(end - row, panel, sums, bias, num_out, out, row * out_stride, out_stride, mode, left)
+        unit = atomic_add(counter, 1) if is_counted else unit + 1

@@ -1,8 +1,9 @@
 """One thread's part of a step through the layers of a stage.
 
 A step is a table of int64s (addresses, sizes, float64s by their bits) and a table of such per layer; all threads walk
-through the same phases and meet at a barrier after each. A layer has two halves, attention and MLP. With tensor
-parallelism the ranks sum their products between halves, so a call runs any range of halves.
+through the same phases and meet at a barrier after each. A layer has three parts: PROJECT writes queries, keys and
+values, ATTEND and MLP add to the residual stream. A call runs any range of parts, because with tensor parallelism the
+ranks sum what ATTEND and MLP give, and because of the last layer's tokens only some may be needed after PROJECT.
 """
 
 from typing import Any
@@ -14,7 +15,7 @@ from manta.kernels.cpu_scalars import call, jit, kernel_address, load_float64, l
 
 # The table of a step, 8 bytes a field
 (
-    BEGIN, END, ENTERS, LEAVES,  # halves to run; whether to read `X` first, whether to write `OUT` at the end
+    BEGIN, END, ENTERS, LEAVES,  # parts to run; whether to read `X` first, whether to write `OUT` at the end
     NUM_TOKENS, X, OUT, RESIDUAL, PARTIAL, HAS_PARTIAL, NORMED, QKV, ATTENDED, GATED,
     NORMED_STRIDE, QKV_STRIDE, ATTENDED_STRIDE, GATED_STRIDE,
     ROPE_TABLE, POSITIONS, SLOT_MAPPING, QUERY_START, SEQ_LENS, BLOCK_TABLES, MAX_BLOCKS,
@@ -33,9 +34,14 @@ from manta.kernels.cpu_scalars import call, jit, kernel_address, load_float64, l
     DOWN_LINEAR, _DOWN_BIAS, WINDOW, KEYS, VALUES, LAYER_FIELDS,
 ) = range(16)  # fmt: skip
 
-# The memory threads meet in, in int64s; fields of different writers a cache line apart
+PROJECT, ATTEND_AND_SUM, MLP = range(3)  # the parts of a layer
+LAYER_PARTS = 3
+
+# The memory threads meet in, in int64s; fields of different writers a cache line apart. Two counters of units of
+# products: what multiplies after a barrier must not reset what others may still count.
 TEAM_GENERATION, TEAM_SLEEPERS, TEAM_BARRIER, TEAM_JOB, TEAM_KIND_OF_JOB = 0, 1, 16, 32, 33
-TEAM_FIELDS = 48
+TEAM_UNITS, TEAM_LAST_UNITS = 48, 64
+TEAM_FIELDS = 80
 LAYERS_JOB, LOGITS_JOB, STOP_JOB, CALL_JOB = 0, 1, 2, 3
 
 
@@ -44,7 +50,7 @@ def kernel_addresses(left: Any, kind: Any) -> dict[int, int]:
     products that are `left`. Compiles the kernels."""
     f32 = products.F32
     return {
-        MULTIPLY: kernel_address(products.multiply, 12, 0, left, kind),
+        MULTIPLY: kernel_address(products.multiply, 13, 0, left, kind),
         ATTEND: kernel_address(attention.attend_item, 22, 1, left, kind),
         JOIN: kernel_address(attention.join_parts, 10, 0, left),
         ROPE_KV_WRITE: kernel_address(tokens.rope_kv_write, 18, 1, kind),
@@ -63,10 +69,13 @@ def _share(count: Any, thread: Any, threads: Any) -> Any:
 
 
 @jit()
-def _start_half(
-    step: Any, kernel: Any, weight: Any, out: Any, out_stride: Any, thread: Any, threads: Any, kind: Any
+def _start_part(
+    step: Any, kernel: Any, weight: Any, out: Any, out_stride: Any, thread: Any, threads: Any, team: Any, kind: Any
 ) -> None:  # fmt: skip
-    """What a half begins with: residual += the other half's summed product (if ranks sum it), then the norm."""
+    """residual += the product that ranks have summed meanwhile, if any, then the norm. Nobody counts units here."""
+    if thread == 0:
+        store_int64(team, TEAM_UNITS, 0)
+        store_int64(team, TEAM_LAST_UNITS, 0)
     size = load_int64(step, HIDDEN)
     begin, end = _share(load_int64(step, NUM_TOKENS), thread, threads)
     residual = load_int64(step, RESIDUAL)
@@ -76,11 +85,11 @@ def _start_half(
 
 
 @jit()
-def _finish_half(
-    step: Any, x: Any, x_stride: Any, num_in: Any, linear: Any, thread: Any, threads: Any, scratch: Any, left: Any,
-    kind: Any,
+def _finish_part(
+    step: Any, x: Any, x_stride: Any, num_in: Any, linear: Any, thread: Any, threads: Any, scratch: Any, team: Any,
+    left: Any, kind: Any,
 ) -> None:  # fmt: skip
-    """The product a half ends with: added to the residual, or left for the ranks to sum."""
+    """The product a part ends with: added to the residual, or left for the ranks to sum."""
     size = load_int64(step, HIDDEN)
     rows = load_int64(step, NUM_TOKENS)
     if load_int64(step, IS_SPLIT):
@@ -89,8 +98,9 @@ def _finish_half(
         out, mode = load_int64(step, RESIDUAL), products.ADD
     call(
         load_int64(step, MULTIPLY),
-        (thread, threads, x, x_stride, rows, num_in, linear, size, out, size, mode, scratch, left, kind),
-    )
+        (thread, threads, x, x_stride, rows, num_in, linear, size, out, size, mode, scratch,
+         team + 8 * TEAM_LAST_UNITS, left, kind),
+    )  # fmt: skip
 
 
 @jit()
@@ -131,24 +141,23 @@ def _attend(step: Any, layer: Any, thread: Any, threads: Any, scratch: Any, team
 
 
 @jit()
-def _attention_half(
+def _project_part(
     step: Any, layer: Any, thread: Any, threads: Any, scratch: Any, team: Any, left: Any, kind: Any
 ) -> None:
-    """residual += o(attention(rope(qkv(norm(residual)))))"""
+    """queries, keys and values = rope(qkv(norm(residual))); keys and values go to the cache"""
     meet = team + 8 * TEAM_BARRIER
     rows, dim = load_int64(step, NUM_TOKENS), load_int64(step, HEAD_DIM)
     num_heads, num_kv_heads = load_int64(step, NUM_HEADS), load_int64(step, NUM_KV_HEADS)
     normed, normed_stride = load_int64(step, NORMED), load_int64(step, NORMED_STRIDE)
     qkv, qkv_stride = load_int64(step, QKV), load_int64(step, QKV_STRIDE)
-    _start_half(
-        step, load_int64(step, NORM), load_int64(layer, INPUT_NORM), normed, normed_stride, thread, threads, left
+    _start_part(
+        step, load_int64(step, NORM), load_int64(layer, INPUT_NORM), normed, normed_stride, thread, threads, team, left
     )
     barrier(meet, threads)
-    if thread == 0:
-        store_int64(step, NEXT_ITEM, 0)
     call(load_int64(step, MULTIPLY), (
         thread, threads, normed, normed_stride, rows, load_int64(step, HIDDEN), layer + 8 * QKV_LINEAR,
-        (num_heads + 2 * num_kv_heads) * dim, qkv, qkv_stride, products.STORE, scratch, left, kind))  # fmt: skip
+        (num_heads + 2 * num_kv_heads) * dim, qkv, qkv_stride, products.STORE, scratch, team + 8 * TEAM_UNITS, left,
+        kind))  # fmt: skip
     barrier(meet, threads)
     begin, end = _share(rows, thread, threads)
     call(load_int64(step, ROPE_KV_WRITE), (
@@ -156,30 +165,41 @@ def _attention_half(
         load_int64(step, SLOT_MAPPING), load_int64(layer, KEYS), load_int64(layer, VALUES), num_heads, num_kv_heads,
         dim, load_int64(step, BLOCK_SIZE), load_int64(step, PAGE_TOKENS), load_int64(step, PAGE_DIMS),
         load_int64(layer, Q_NORM), load_int64(layer, K_NORM), load_float64(step, EPS), kind))  # fmt: skip
-    barrier(meet, threads)
-    _attend(step, layer, thread, threads, scratch, team, left, kind)
-    barrier(meet, threads)
-    _finish_half(
-        step, load_int64(step, ATTENDED), load_int64(step, ATTENDED_STRIDE), num_heads * dim, layer + 8 * O_LINEAR,
-        thread, threads, scratch, left, kind,
-    )  # fmt: skip
+    if thread == 0:
+        store_int64(step, NEXT_ITEM, 0)
     barrier(meet, threads)
 
 
 @jit()
-def _mlp_half(step: Any, layer: Any, thread: Any, threads: Any, scratch: Any, team: Any, left: Any, kind: Any) -> None:
+def _attend_part(
+    step: Any, layer: Any, thread: Any, threads: Any, scratch: Any, team: Any, left: Any, kind: Any
+) -> None:
+    """residual += o(attention(queries, cache))"""
+    meet = team + 8 * TEAM_BARRIER
+    num_in = load_int64(step, NUM_HEADS) * load_int64(step, HEAD_DIM)
+    attended, stride = load_int64(step, ATTENDED), load_int64(step, ATTENDED_STRIDE)
+    _attend(step, layer, thread, threads, scratch, team, left, kind)
+    barrier(meet, threads)
+    _finish_part(step, attended, stride, num_in, layer + 8 * O_LINEAR, thread, threads, scratch, team, left, kind)
+    barrier(meet, threads)
+
+
+@jit()
+def _mlp_part(step: Any, layer: Any, thread: Any, threads: Any, scratch: Any, team: Any, left: Any, kind: Any) -> None:
     """residual += down(silu(gate) * up), gate and up of norm(residual)"""
     meet = team + 8 * TEAM_BARRIER
     rows, size = load_int64(step, NUM_TOKENS), load_int64(step, INTERMEDIATE)
     normed, normed_stride = load_int64(step, NORMED), load_int64(step, NORMED_STRIDE)
     gated, gated_stride = load_int64(step, GATED), load_int64(step, GATED_STRIDE)
-    _start_half(step, load_int64(step, NORM), load_int64(layer, MLP_NORM), normed, normed_stride, thread, threads, left)
+    _start_part(
+        step, load_int64(step, NORM), load_int64(layer, MLP_NORM), normed, normed_stride, thread, threads, team, left
+    )
     barrier(meet, threads)
     call(load_int64(step, MULTIPLY), (
         thread, threads, normed, normed_stride, rows, load_int64(step, HIDDEN), layer + 8 * GATE_UP_LINEAR, size,
-        gated, gated_stride, products.SILU_MUL, scratch, left, kind))  # fmt: skip
+        gated, gated_stride, products.SILU_MUL, scratch, team + 8 * TEAM_UNITS, left, kind))  # fmt: skip
     barrier(meet, threads)
-    _finish_half(step, gated, gated_stride, size, layer + 8 * DOWN_LINEAR, thread, threads, scratch, left, kind)
+    _finish_part(step, gated, gated_stride, size, layer + 8 * DOWN_LINEAR, thread, threads, scratch, team, left, kind)
     barrier(meet, threads)
 
 
@@ -193,16 +213,18 @@ def _run_layers(step: Any, thread: Any, threads: Any, team: Any, left: Any, kind
             load_int64(step, ENTER),
             (begin, end, load_int64(step, X), size, load_int64(step, RESIDUAL), size, size, kind, products.F32),
         )
-    for half in range(load_int64(step, BEGIN), load_int64(step, END)):
-        layer = load_int64(step, LAYERS) + 8 * LAYER_FIELDS * (half // 2)
-        if half % 2 == 0:
-            _attention_half(step, layer, thread, threads, scratch, team, left, kind)
+    for part in range(load_int64(step, BEGIN), load_int64(step, END)):
+        layer = load_int64(step, LAYERS) + 8 * LAYER_FIELDS * (part // LAYER_PARTS)
+        if part % LAYER_PARTS == PROJECT:
+            _project_part(step, layer, thread, threads, scratch, team, left, kind)
+        elif part % LAYER_PARTS == ATTEND_AND_SUM:
+            _attend_part(step, layer, thread, threads, scratch, team, left, kind)
         else:
-            _mlp_half(step, layer, thread, threads, scratch, team, left, kind)
+            _mlp_part(step, layer, thread, threads, scratch, team, left, kind)
     if load_int64(step, LEAVES):
         weight, out = load_int64(step, FINAL_NORM), load_int64(step, OUT)
         if weight != 0:
-            _start_half(step, load_int64(step, NORM_AND_LEAVE), weight, out, size, thread, threads, kind)
+            _start_part(step, load_int64(step, NORM_AND_LEAVE), weight, out, size, thread, threads, team, kind)
         else:
             if load_int64(step, HAS_PARTIAL):
                 call(load_int64(step, ADD), (begin, end, load_int64(step, RESIDUAL), load_int64(step, PARTIAL), size))
@@ -221,12 +243,14 @@ def _run_logits(step: Any, thread: Any, threads: Any, team: Any, left: Any, kind
     scratch = load_int64(step, SCRATCH) + thread * load_int64(step, SCRATCH_BYTES)
     normed, stride = load_int64(step, NORMED), load_int64(step, NORMED_STRIDE)
     begin, end = _share(rows, thread, threads)
+    if thread == 0:
+        store_int64(team, TEAM_UNITS, 0)
     call(load_int64(step, TO_LEFT), (begin, end, load_int64(step, X), size, normed, stride, size, kind, left))
     barrier(meet, threads)
     vocab = load_int64(step, VOCAB)
     call(load_int64(step, MULTIPLY), (
         thread, threads, normed, stride, rows, size, step + 8 * HEAD, vocab, load_int64(step, LOGITS), vocab,
-        products.STORE, scratch, left, kind))  # fmt: skip
+        products.STORE, scratch, team + 8 * TEAM_UNITS, left, kind))  # fmt: skip
     barrier(meet, threads)
 
 

@@ -4,7 +4,7 @@ Owns the packed weights, the activations and the tables that threads read (see `
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from manta.kernels.cpu_decoder import attention, dot, layout, products, program
-from manta.kernels.cpu_decoder.items import attention_items
+from manta.kernels.cpu_decoder.items import NO_JOINS, Work, attention_items, single_queries
 from manta.kernels.cpu_decoder.memory import in_huge_pages, zeros
 from manta.kernels.cpu_decoder.products import interleave, pack_weight
 from manta.kernels.cpu_decoder.team import team_of
@@ -78,6 +78,7 @@ class CpuStage:
         uses_dot: bool | None = None,
     ) -> None:
         self._shape = shape
+        self._group = shape.num_heads // shape.num_kv_heads
         if uses_dot is None:
             uses_dot = dtype == torch.bfloat16 and dot.pays()
         self._team = team_of(torch.get_num_threads(), dtype, uses_dot=uses_dot)
@@ -100,34 +101,80 @@ class CpuStage:
         metadata: AttentionMetadata,
         kv_cache: KVCache,
         all_reduce: Callable[[Tensor], Tensor] | None = None,
+        kept: Tensor | None = None,
     ) -> Tensor:
         """x [T, hidden] through the layers -> [T, hidden] in the same dtype, normed on the last stage.
 
         Writes the tokens' keys and values to the cache, whose pages are as `layout` has them. `all_reduce` sums a
-        float32 [T, hidden] over the ranks in place; given if the shape is split.
+        float32 [T, hidden] over the ranks in place; given if the shape is split. kept: int64 [N], ascending indices of
+        the tokens whose result is needed; it is then [N, hidden], and the last layer does no more for the others than
+        write their keys and values.
         """
-        step = self._step
+        step, team = self._step, self._team
         num_tokens = x.shape[0]
         x = x.contiguous()
-        out = torch.empty_like(x)
         self._reserve(num_tokens)
         self._set_pages(kv_cache)
-        items, joins, keep = self._set_attention(metadata)
-        step[program.NUM_TOKENS] = num_tokens
-        step[program.X], step[program.OUT] = x.data_ptr(), out.data_ptr()
-        halves = 2 * len(self._layers)
+        read = self._set_attention(metadata, attention_items(metadata, self._group, team.num_threads))
+        step[program.NUM_TOKENS], step[program.X] = num_tokens, x.data_ptr()
         step[program.HAS_PARTIAL] = 0
-        if all_reduce is None:
-            self._run(0, halves, enters=True, leaves=True)
-        else:
-            partial = self._activations[1][:num_tokens]
-            for half in range(halves):
-                self._run(half, half + 1, enters=half == 0, leaves=False)
-                all_reduce(partial)
-                step[program.HAS_PARTIAL] = 1
-            self._run(halves, halves, enters=False, leaves=True)
-        del items, joins, keep  # the threads read them until here
+        parts = program.LAYER_PARTS * len(self._layers)
+        begin = 0
+        if kept is not None and len(kept) < num_tokens:
+            begin, num_tokens = parts - program.LAYER_PARTS + program.ATTEND_AND_SUM, len(kept)
+            self._run(0, begin, all_reduce, enters=True)
+            if num_tokens == 0:
+                return x[:0]
+            read = self._keep_rows(kept, metadata)
+        out = x.new_empty(num_tokens, x.shape[1])
+        step[program.OUT] = out.data_ptr()
+        self._run(begin, parts, all_reduce, enters=begin == 0, leaves=True)
+        del read
         return out
+
+    def _run(
+        self, begin: int, end: int, all_reduce: Callable[[Tensor], Tensor] | None, *, enters: bool,
+        leaves: bool = False,
+    ) -> None:  # fmt: skip
+        """Parts begin : end, in one call where ranks have nothing to sum in between."""
+        if all_reduce is None:
+            self._call(begin, end, enters=enters, leaves=leaves)
+            return
+        partial = self._activations[1][: self._step[program.NUM_TOKENS]]
+        while begin < end:
+            stop = min(end, begin + (2 if begin % program.LAYER_PARTS == program.PROJECT else 1))
+            self._call(begin, stop, enters=enters, leaves=False)
+            if (stop - 1) % program.LAYER_PARTS != program.PROJECT:
+                all_reduce(partial)
+                self._step[program.HAS_PARTIAL] = 1
+            begin, enters = stop, False
+        if leaves:
+            self._call(end, end, enters=False, leaves=True)
+
+    def _call(self, begin: int, end: int, *, enters: bool, leaves: bool) -> None:
+        self._step[program.BEGIN : program.LEAVES + 1] = (begin, end, enters, leaves)
+        self._team.run(program.LAYERS_JOB, self._step.ctypes.data)
+
+    def _keep_rows(self, kept: Tensor, metadata: AttentionMetadata) -> object:
+        """Makes tokens `kept` the step's only ones; their queries stand alone. Returns what the threads then read."""
+        indices, count = kept.numpy(), len(kept)
+        for tensor in (self._activations[0], self._activations[3]):  # the residual stream, queries
+            rows = tensor.numpy()
+            rows[:count] = rows[indices]
+        positions = metadata.positions[kept]
+        row = torch.searchsorted(metadata.query_start, kept, right=True) - 1
+        alone = replace(
+            metadata,
+            query_start=torch.arange(count + 1, dtype=torch.int32),
+            seq_lens=(positions + 1).int(),
+            block_tables=metadata.block_tables[row],
+            slot_mapping=metadata.slot_mapping[kept],
+            positions=positions,
+            num_decodes=count,
+            max_query_len=1,
+        )
+        self._step[program.NUM_TOKENS] = count
+        return self._set_attention(alone, (single_queries(alone), NO_JOINS, 0))
 
     def logits(self, x: Tensor) -> Tensor:
         """x [R, hidden], normed -> float32 [R, vocab]; valid until the next call."""
@@ -141,10 +188,6 @@ class CpuStage:
         step[program.ROWS], step[program.X], step[program.LOGITS] = rows, x.data_ptr(), out.data_ptr()
         self._team.run(program.LOGITS_JOB, step.ctypes.data)
         return out
-
-    def _run(self, begin: int, end: int, *, enters: bool, leaves: bool) -> None:
-        self._step[program.BEGIN : program.LEAVES + 1] = (begin, end, enters, leaves)
-        self._team.run(program.LAYERS_JOB, self._step.ctypes.data)
 
     def _keep(self, tensor: Tensor) -> int:
         self._kept.append(tensor)
@@ -221,13 +264,12 @@ class CpuStage:
             fields[program.KEYS], fields[program.VALUES] = keys.data_ptr(), values.data_ptr()
         self._pages = kv_cache
 
-    def _set_attention(self, metadata: AttentionMetadata) -> tuple[object, object, object]:
+    def _set_attention(self, metadata: AttentionMetadata, work: Work) -> object:
         """Fills in where the step's tokens are. The caller keeps what this returns until the step is over."""
         step, shape = self._step, self._shape
-        group = shape.num_heads // shape.num_kv_heads
         if step[program.BLOCK_SIZE] != metadata.block_size:
             self._set_block_size(metadata.block_size)
-        items, joins, num_parts = attention_items(metadata, group, self._team.num_threads)
+        items, joins, num_parts = work
         size = num_parts * shape.num_heads * (shape.head_dim + 2)
         if self._parts.numel() < size:
             self._parts = torch.empty(size)
@@ -240,13 +282,12 @@ class CpuStage:
         step[program.QUERY_START] = metadata.query_start.data_ptr()
         step[program.SEQ_LENS] = metadata.seq_lens.data_ptr()
         step[program.BLOCK_TABLES], step[program.MAX_BLOCKS] = tables.data_ptr(), tables.stride(0)
-        return items, joins, metadata
+        return work, metadata
 
     def _set_block_size(self, block_size: int) -> None:
         step = self._step
-        group = self._shape.num_heads // self._shape.num_kv_heads
         page_tokens, page_dims = layout.page_shape(block_size, self._shape.head_dim)
-        needed = max(products.SCRATCH_BYTES, attention.scratch_bytes(group, page_tokens, page_dims))
+        needed = max(products.SCRATCH_BYTES, attention.scratch_bytes(self._group, page_tokens, page_dims))
         each = -(-needed // 4096) * 4096
         self._scratch = torch.zeros(self._team.num_threads * each + 4096, dtype=torch.uint8)
         step[program.BLOCK_SIZE] = block_size

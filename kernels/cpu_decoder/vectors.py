@@ -1,5 +1,5 @@
-"""Whole rows of float32 in vectors of 16 lanes: what softmax needs. Written out because compilers prefer half as many
-lanes for loops like these."""
+"""Whole rows of float32 in vectors of 16 lanes: what softmax and SiLU need. Written out because compilers
+prefer half as many lanes for loops like these."""
 
 import math
 from typing import Any
@@ -110,3 +110,37 @@ def exp_row(typing_context: Any, address: Any, num_vectors: Any, highest: Any, o
         return _across(builder, builder.load(total), builder.fadd)
 
     return types.float32(types.int64, types.int64, types.float32, types.int64, kind), codegen
+
+
+@intrinsic
+def silu_mul_row(typing_context: Any, gate: Any, up: Any) -> Any:
+    """16 float32 at address `gate` = up * gate / (1 + e ** -gate), up being those at address `up`."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        place, others = (builder.inttoptr(address, _FLOATS.as_pointer()) for address in args)
+        gate, up = builder.load(place, align=4), builder.load(others, align=4)
+        y = builder.fmul(gate, _splat(-math.log2(math.e)))
+        y = builder.select(builder.fcmp_unordered("<", y, _splat(126.0)), y, _splat(126.0))  # keeps NaN
+        below = builder.fadd(exp2(builder, y), _splat(1.0))
+        builder.store(builder.fdiv(builder.fmul(up, gate), below), place, align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@intrinsic
+def shrink_rows(typing_context: Any, before: Any, now: Any, factor: Any, num_vectors: Any) -> Any:
+    """factor = e ** (before - now), then before = now; all of them addresses of num_vectors * 16 float32. A maximum
+    that was never set is -1e30 or so, and its factor about 0."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointers = [builder.inttoptr(address, _FLOATS.as_pointer()) for address in args[:3]]
+        with cgutils.for_range(builder, args[3]) as loop:
+            places = [builder.gep(pointer, [loop.index]) for pointer in pointers]
+            old, new = (builder.load(place, align=4) for place in places[:2])
+            y = builder.fmul(builder.fsub(old, new), _splat(math.log2(math.e)))
+            builder.store(exp2(builder, y), places[2], align=4)
+            builder.store(new, places[0], align=4)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), codegen

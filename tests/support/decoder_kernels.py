@@ -88,10 +88,12 @@ def multiply(
     bias = None if bias is None else bias.float().contiguous()
     linear = np.array([packed.data_ptr(), 0 if bias is None else bias.data_ptr()], np.int64)
     scratch = Scratch(products.SCRATCH_BYTES)
+    counter = np.zeros(1, np.int64)
     for thread in range(num_threads):
         run_kernel(
             variant, program.MULTIPLY, thread, num_threads, left.data_ptr(), stride, rows, num_in, linear.ctypes.data,
-            out.shape[1], out.data_ptr(), out.stride(0), mode, scratch.address, variant.left, variant.dtype,
+            out.shape[1], out.data_ptr(), out.stride(0), mode, scratch.address, counter.ctypes.data, variant.left,
+            variant.dtype,
         )  # fmt: skip
     scratch.check()
 

@@ -48,7 +48,11 @@ def inputs(decoder: PlainDecoder, steps: Steps) -> dict[int, Tensor]:
 
 
 class Run:
-    """Steps of a stage upon a cache of its own; collects each sequence's hidden states and logits."""
+    """Steps of a stage upon a cache of its own; collects each sequence's hidden states and logits.
+
+    With `keeps_last` the stage gives only the last token of each row, and none of a step's first row; `kept` are their
+    positions.
+    """
 
     def __init__(
         self,
@@ -57,7 +61,11 @@ class Run:
         sequences: dict[int, Tensor],
         block_size: int = 8,
         all_reduce: Callable[[Tensor], Tensor] | None = None,
+        keeps_last: bool = False,
     ) -> None:
+        self._keeps_last = keeps_last
+        self._computed = dict.fromkeys(sequences, 0)
+        self.kept: dict[int, list[int]] = {sequence: [] for sequence in sequences}
         self._stage, self._inputs, self._all_reduce = stage, sequences, all_reduce
         num_blocks = sum(len(x) // block_size + 1 for x in sequences.values()) + 1
         self._cache = make_cache(decoder.sizes, decoder.dtype, block_size, num_blocks)
@@ -68,19 +76,25 @@ class Run:
     def step(self, rows: list[tuple[int, int]]) -> None:
         parts = []
         for sequence, num_new in rows:
-            computed = sum(map(len, self._hidden[sequence]))
+            computed = self._computed[sequence]
             parts.append(self._inputs[sequence][computed : computed + num_new])
+            self._computed[sequence] += num_new
         x = torch.cat(parts)
         before = x.clone()
-        hidden = self._stage.run(x, self._paged.step(rows), self._cache, self._all_reduce)
+        ends = torch.tensor([num_new for _, num_new in rows]).cumsum(0) - 1
+        kept = ends[1:] if self._keeps_last else None
+        hidden = self._stage.run(x, self._paged.step(rows), self._cache, self._all_reduce, kept)
         assert torch.equal(x, before) or not x.isfinite().all()
         assert hidden.dtype == x.dtype
         logits = self._stage.logits(hidden)
         start = 0
-        for sequence, num_new in rows:
-            self._hidden[sequence].append(hidden[start : start + num_new].clone())
-            self._logits[sequence].append(logits[start : start + num_new].clone())
-            start += num_new
+        for sequence, num_new in rows[1:] if self._keeps_last else rows:
+            count = 1 if self._keeps_last else num_new
+            self._hidden[sequence].append(hidden[start : start + count].clone())
+            self._logits[sequence].append(logits[start : start + count].clone())
+            self.kept[sequence] += range(self._computed[sequence] - count, self._computed[sequence])
+            start += count
+        assert start == len(hidden)
 
     def all(self, steps: Steps) -> "Run":
         for rows in steps:

@@ -17,7 +17,8 @@ LIMITS = Limits(
 
 
 class Model:
-    def __call__(self, x: Tensor, metadata: object, kv_cache: object) -> Tensor:
+    def __call__(self, x: Tensor, metadata: object, kv_cache: object, sampled: Tensor | None = None) -> Tensor:
+        assert sampled is None, "the first of two stages has to pass on all tokens"
         return torch.zeros(x.shape[0], HIDDEN.size)
 
     def logits(self, hidden: Tensor) -> Tensor:

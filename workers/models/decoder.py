@@ -133,22 +133,26 @@ class CausalLM(nn.Module):
                 module.prepare()
 
     @torch.inference_mode()
-    def forward(self, x: Tensor, metadata: AttentionMetadata, kv_cache: KVCache) -> Tensor:
+    def forward(
+        self, x: Tensor, metadata: AttentionMetadata, kv_cache: KVCache, sampled: Tensor | None = None
+    ) -> Tensor:
         """Token ids int64 [T] on the first stage, hidden [T, hidden_size] on later ones -> hidden [T, hidden_size].
 
-        Writes the tokens' keys and values to the cache. Hidden states given are overwritten. The final norm is
-        applied on the last stage.
+        Writes the tokens' keys and values to the cache. Hidden states given are overwritten. On the last stage the
+        final norm is applied, and with `sampled`, int64 [N], ascending, only those tokens' hidden states are given.
         """
         residual = self.embed(x) if self.mesh.is_first_stage else x
         if self.cpu_stage is not None:
             all_reduce = self.mesh.all_reduce if self.mesh.tp_size > 1 else None
-            return self.cpu_stage.run(residual, metadata, kv_cache, all_reduce)
+            return self.cpu_stage.run(residual, metadata, kv_cache, all_reduce, sampled)
         step = StepContext(metadata, self.rope_table.index_select(0, metadata.positions))
         x_next: Tensor | None = None
         for layer, pages in zip(self.layers, kv_cache, strict=True):
             x_next = layer(x_next, residual, step, pages)
         assert x_next is not None
         if self.mesh.is_last_stage:
+            if sampled is not None:
+                x_next, residual = x_next[sampled], residual[sampled]
             return self.norm.add(x_next, residual)
         return residual.add_(x_next)
 

@@ -99,6 +99,32 @@ def test_a_sequence_does_not_depend_on_the_others(variant: Variant) -> None:
         assert same_bits(together, alone), sequence
 
 
+@pytest.mark.parametrize("num_threads", [1, 3])
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_kept_tokens_are_those_of_the_whole_step(variant: Variant, num_threads: int) -> None:
+    """To the bit, without windows (a tile of queries begins its chunks where its first query does); also in steps
+    after, which read what was written for tokens that nobody kept."""
+    for sizes in SIZES.values():
+        decoder = PlainDecoder(replace(sizes, windows=(None, None)), variant.dtype)
+        sequences = inputs(decoder, STEPS)
+        stage = make_stage(decoder, variant, num_threads)
+        whole = Run(stage, decoder, sequences).all(STEPS)
+        kept = Run(stage, decoder, sequences, keeps_last=True).all(STEPS)
+        assert {s: len(hidden) for s, hidden in kept.hidden.items()} == {0: 1, 1: 5, 2: 3, 3: 2}
+        for sequence, positions in kept.kept.items():
+            assert torch.equal(kept.hidden[sequence], whole.hidden[sequence][positions])
+            assert torch.equal(kept.logits[sequence], whole.logits[sequence][positions])
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_kept_tokens_of_windowed_layers(variant: Variant) -> None:
+    decoder = PlainDecoder(SIZES["qk-norm"], variant.dtype)
+    sequences = inputs(decoder, STEPS)
+    kept = Run(make_stage(decoder, variant, 2), decoder, sequences, keeps_last=True).all(STEPS)
+    expected = plain(decoder, sequences)
+    assert close(kept, {s: expected[s][positions] for s, positions in kept.kept.items()}, variant)
+
+
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_a_bad_sequence_harms_no_other(variant: Variant) -> None:
     decoder = PlainDecoder(SIZES["llama"], variant.dtype)
@@ -216,9 +242,10 @@ class Pair:
         return tensor
 
 
+@pytest.mark.parametrize("keeps_last", [False, True], ids=["whole", "kept"])
 @pytest.mark.parametrize("num_threads", [1, 2])
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_two_ranks_share_every_layer(variant: Variant, num_threads: int) -> None:
+def test_two_ranks_share_every_layer(variant: Variant, num_threads: int, keeps_last: bool) -> None:
     sizes = Sizes(has_biases=True, num_kv_heads=2, num_heads=4, windows=(None, 9))
     decoder = PlainDecoder(sizes, variant.dtype)
     sequences = inputs(decoder, STEPS)
@@ -232,14 +259,16 @@ def test_two_ranks_share_every_layer(variant: Variant, num_threads: int) -> None
         stage = CpuStage(shape, layers, decoder.norm, decoder.head, table, variant.dtype, variant.uses_dot)
         torch.set_num_threads(1)
         local = replace(decoder, sizes=half)
-        return Run(stage, local, sequences, 8, partial(pair.all_reduce, rank))
+        return Run(stage, local, sequences, 8, partial(pair.all_reduce, rank), keeps_last)
 
     ranks = [rank_run(0), rank_run(1)]
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda run: run.all(STEPS), ranks))
     assert same_bits(*ranks)
-    assert pair.num_sums == len(STEPS) * 2 * len(sizes.windows)
-    assert close(ranks[0], plain(decoder, sequences), variant)
+    without_last = 2 if keeps_last else 0  # the first step keeps no token: no rank sums the last layer's
+    assert pair.num_sums == len(STEPS) * 2 * len(sizes.windows) - without_last
+    expected = plain(decoder, sequences)
+    assert close(ranks[0], {s: expected[s][positions] for s, positions in ranks[0].kept.items()}, variant)
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)

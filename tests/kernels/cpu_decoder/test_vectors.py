@@ -26,6 +26,16 @@ def _exp_row(address: Any, num_vectors: Any, highest: Any, out: Any, kind: Any) 
     return vectors.exp_row(address, num_vectors, highest, out, kind)
 
 
+@njit
+def _silu_mul_row(gate: Any, up: Any) -> None:
+    vectors.silu_mul_row(gate, up)
+
+
+@njit
+def _shrink_rows(before: Any, now: Any, factor: Any, num_vectors: Any) -> None:
+    vectors.shrink_rows(before, now, factor, num_vectors)
+
+
 def greatest(row: Row) -> float:
     return float(_greatest(row.ctypes.data, row.size // 16))
 
@@ -132,3 +142,33 @@ def test_bfloat16_rounds_to_nearest_ties_to_even() -> None:
     rounded, rounded_total = exp_row(row, 0.0, torch.bfloat16)
     np.testing.assert_array_equal(rounded, torch.from_numpy(wide).bfloat16().float().numpy())
     assert rounded_total == total  # before rounding
+
+
+def test_silu_of_a_row(random: np.random.Generator) -> None:
+    for scale in (0.1, 3.0, 40.0):
+        gate, up = (random.normal(0, scale, 16).astype(np.float32) for _ in range(2))
+        wide = gate.astype(np.float64)
+        expected = wide / (1 + np.exp(-wide)) * up
+        _silu_mul_row(gate.ctypes.data, up.ctypes.data)
+        np.testing.assert_allclose(gate, expected, rtol=2e-5, atol=1e-35)
+
+
+def test_silu_of_extremes_and_nan_by_lane() -> None:
+    gate = np.zeros(16, np.float32)
+    gate[:5] = (NAN, 1e30, -1e30, np.inf, -500)
+    _silu_mul_row(gate.ctypes.data, np.full(16, 2, np.float32).ctypes.data)
+    assert np.isnan(gate[0])
+    assert tuple(gate[1:4]) == (np.float32(2e30), pytest.approx(0, abs=1e-7), np.inf)
+    np.testing.assert_allclose(gate[4:], 0, atol=1e-30)
+
+
+def test_factors_of_maxima_that_rose(random: np.random.Generator) -> None:
+    before = random.normal(0, 9, 48).astype(np.float32)
+    now = before + np.abs(random.normal(0, 5, 48)).astype(np.float32)
+    now[7:20], before[40:] = before[7:20], LOWEST
+    expected = np.exp(before.astype(np.float64) - now)
+    factor = np.empty(48, np.float32)
+    _shrink_rows(before.ctypes.data, now.ctypes.data, factor.ctypes.data, 3)
+    np.testing.assert_allclose(factor, expected, rtol=1e-5, atol=1e-37)
+    assert (factor[7:20] == 1).all()
+    np.testing.assert_array_equal(before, now)

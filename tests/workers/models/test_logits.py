@@ -7,11 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from manta.configs.model import read_model_spec
 from manta.kernels import ops
+from manta.workers.loader import load_model
 from manta.workers.mesh import Mesh
 from manta.workers.models import decoder
+from manta.workers.models.decoder import allocate_kv_cache
 from tests.support.checkpoints import FAMILIES, make_checkpoint, make_model
-from tests.support.steps import STEPS, run_steps, sequence_tokens
+from tests.support.paging import PagedSequences
+from tests.support.steps import BLOCK_SIZE, NUM_BLOCKS, STEPS, run_steps, sequence_tokens
 from tests.support.tolerances import LOGITS, relative_error
 
 CPU = torch.device("cpu")
@@ -89,3 +93,21 @@ def test_sharded_checkpoint_with_an_index(tmp_path: Path) -> None:
 def test_other_shapes(overrides: dict[str, Any], tmp_path: Path) -> None:
     steps = run_steps(make_checkpoint(tmp_path, "llama", **overrides), Mesh.single(CPU), torch.float32)
     assert_steps_match(steps, expected_logits("llama", **overrides), LOGITS[torch.float32])
+
+
+@pytest.mark.parametrize("on_cpu_decoder", [True, False], ids=["decoder", "operations"])
+def test_only_sampled_tokens(on_cpu_decoder: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the model gives of some tokens is what it gives of them among all."""
+    if not on_cpu_decoder:
+        monkeypatch.setattr(ops, "uses_cpu_decoder", lambda dtype, device: False)
+    folder = make_checkpoint(tmp_path, "llama")
+    spec = read_model_spec(folder)
+    model = load_model(folder, spec, Mesh.single(CPU), torch.float32)
+    tokens = sequence_tokens(spec.vocab_size)[0, :29]
+    metadata = PagedSequences(BLOCK_SIZE, NUM_BLOCKS).step([(0, 20), (1, 9)])
+    hidden = []
+    for sampled in (None, torch.tensor([19, 28]), torch.tensor([3])):
+        kv_cache = allocate_kv_cache(model, NUM_BLOCKS, BLOCK_SIZE, torch.float32, CPU)
+        hidden.append(model(tokens, metadata, kv_cache, sampled).clone())
+    assert relative_error(hidden[1], hidden[0][[19, 28]]) < 1e-6
+    assert relative_error(hidden[2], hidden[0][[3]]) < 1e-6
