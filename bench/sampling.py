@@ -3,7 +3,7 @@
     python bench/sampling.py [--threads 2] [--vocab 49152 151936] [--rows 1 16 64] [--flat] [--busy 2]
 
 Logits fall off as word frequencies do (Zipf), with noise; --flat: normally distributed, as random weights give them,
-where top_p keeps most of the vocabulary. --busy: beside so many processes that never stop. Medians, alternating.
+where top_p keeps most of the vocabulary. --busy: beside so many processes that never stop. Medians.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from manta.kernels.cpu_decoder.memory import zeros
 from manta.kernels.cpu_decoder.team import team_of
 from manta.protos.sampling_pb2 import Sampling
 from manta.workers.sampler import Sampler
@@ -31,7 +32,7 @@ CASES: dict[str, dict[str, float]] = {
     "half of the rows greedy": {},
 }
 PROMPT_TOKENS, OUTPUT_TOKENS = 200, 100
-SECONDS_PER_CASE = 0.5
+SECONDS_PER_CASE = 0.3
 
 
 def make_sampler(fields: dict[str, float], num_rows: int, vocab_size: int, half_greedy: bool) -> Sampler:
@@ -59,40 +60,35 @@ def make_logits(num_rows: int, vocab_size: int, flat: bool) -> Tensor:
     return noise - 1.5 * torch.log(1.0 + order)
 
 
-def time_ms(function: Callable[[], object], prepare: Callable[[], object]) -> float:
-    prepare()
-    started_s = time.perf_counter()
-    function()
-    return 1000 * (time.perf_counter() - started_s)
+def median_ms(function: Callable[[], object], prepare: Callable[[], object]) -> float:
+    """Of as many calls as fit into SECONDS_PER_CASE, after two that are not counted."""
+    taken_s: list[float] = []
+    until_s = time.perf_counter() + SECONDS_PER_CASE
+    while len(taken_s) < 7 or time.perf_counter() < until_s:
+        prepare()
+        started_s = time.perf_counter()
+        function()
+        taken_s.append(time.perf_counter() - started_s)
+    return 1000 * float(np.median(taken_s[2:]))
 
 
 @torch.inference_mode()
 def measure(sampler: Sampler, logits: Tensor) -> tuple[float, float, float]:
-    """Median ms of torch's operations and of the kernel, in turns, and the share of equal tokens."""
+    """Median ms of torch's operations and of the kernel, and the share of equal tokens."""
     slots = np.arange(logits.shape[0])
     positions = np.full(logits.shape[0], PROMPT_TOKENS + OUTPUT_TOKENS)
-    given = logits.clone()
-
-    def in_torch() -> Tensor:
-        return sampler._sample_in_torch(given, slots, positions)
-
-    def in_kernel() -> Tensor:
-        return sampler.sample(given, slots, positions)
+    given = zeros(tuple(logits.shape), torch.float32)  # as the engine's are
 
     def prepare() -> None:
-        given.copy_(logits)
+        np.copyto(given.numpy(), logits.numpy())  # by one thread: OpenMP's would spin on for milliseconds
 
-    chosen = []
-    for function in (in_torch, in_kernel):
+    chosen, medians = [], []
+    for function in (sampler._sample_in_torch, sampler.sample):
         prepare()
-        chosen.append(function())
-    taken: tuple[list[float], list[float]] = ([], [])
-    until_s = time.perf_counter() + SECONDS_PER_CASE
-    while time.perf_counter() < until_s or len(taken[0]) < 5:
-        for times, function in zip(taken, (in_torch, in_kernel), strict=True):
-            times.append(time_ms(function, prepare))
-    equal = float((chosen[0] == chosen[1]).double().mean())
-    return float(np.median(taken[0])), float(np.median(taken[1])), equal
+        chosen.append(function(given, slots, positions))
+        medians.append(median_ms(lambda function=function: function(given, slots, positions), prepare))  # type: ignore[misc]
+        time.sleep(0.05)  # until threads sleep
+    return medians[0], medians[1], float((chosen[0] == chosen[1]).double().mean())
 
 
 def spin() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from manta.kernels.argmax_cpu import best_token
 from manta.kernels.cpu_decoder import program
+from manta.kernels.cpu_decoder.memory import zeros
 from manta.kernels.cpu_decoder.team import running_team
 from manta.kernels.cpu_decoder.threads import atomic_add
 from manta.kernels.cpu_scalars import (
@@ -23,26 +24,25 @@ from manta.kernels.cpu_scalars import (
     jit,
     kernel_address,
     load,
-    load_float64,
     load_int32,
     load_int64,
     num_chunks,
     store,
     store_int64,
 )
-from manta.kernels.sample_row_cpu import draw_token, row_floats, scratch_bytes
+from manta.kernels.sample_row_cpu import draw_token, row_floats, scratch_bytes, uniform
 from manta.kernels.sample_vectors_cpu import store_int32
 
 _F32 = np.float32(0)
 _ONE = np.float32(1)
 _LOWEST = np.float32(-np.inf)
-_LINE_BYTES = 64
+_LINE_BYTES, _HUGE_PAGE_BYTES = 64, 1 << 21
 _DRAW_WORK = 2  # of a token of the vocabulary, in the units of MIN_PARALLEL_WORK
 
 # The table of a call, 8 bytes a field
 (
-    KERNEL, NEXT_ROW, NUM_ROWS, LOGITS, STRIDE, VOCAB, SLOTS, POSITIONS, DRAWS, TOKENS,
-    TEMPERATURE, TOP_K, TOP_P, MIN_P, PRESENCE, FREQUENCY, REPETITION, NUM_PROMPT_TOKENS, MIN_TOKENS,
+    KERNEL, NEXT_ROW, NUM_ROWS, LOGITS, STRIDE, VOCAB, SLOTS, POSITIONS, TOKENS,
+    SEED, TEMPERATURE, TOP_K, TOP_P, MIN_P, PRESENCE, FREQUENCY, REPETITION, NUM_PROMPT_TOKENS, MIN_TOKENS,
     STOP_TOKEN_IDS, MAX_STOP_TOKENS, HISTORY, HISTORY_STRIDE, SCRATCH, SCRATCH_BYTES, COUNTS_AT, FIELDS,
 ) = range(27)  # fmt: skip
 
@@ -51,6 +51,7 @@ class Parameters(Protocol):
     """How each slot's tokens are chosen, one array per parameter, by slot. A temperature of 0 means the best token;
     top_k 0, top_p 1, min_p 0, penalties 0, 0 and 1 are off; stop_token_ids [slots, ids] is padded with -1."""
 
+    seed: NDArray[np.uint64]
     temperature: NDArray[np.float32]
     top_k: NDArray[np.int64]
     top_p: NDArray[np.float32]
@@ -122,7 +123,7 @@ def _choose(table: Any, row: Any, scratch: Any) -> Any:
         load_int64(load_int64(table, TOP_K), slot),
         load(load_int64(table, TOP_P), slot, _F32),
         load(load_int64(table, MIN_P), slot, _F32),
-        load_float64(load_int64(table, DRAWS), row),
+        uniform(load_int64(load_int64(table, SEED), slot), position),
         scratch,
     )
 
@@ -159,9 +160,12 @@ class RowSampler:
 
     def __init__(self) -> None:
         self._table = np.zeros(FIELDS, np.int64)
+        self._address = self._table.ctypes.data
         self._table[KERNEL] = _address()
         self._vocab_size = 0
         self._num_threads = torch.get_num_threads()
+        self._rows = np.zeros((2, 0), np.int64)  # slots and positions
+        self._columns: tuple[NDArray[Any], ...] = ()
         _alone.compile((int64,))
         if self._num_threads > 1 and running_team(self._num_threads) is None:
             _together.compile((int64, int64))
@@ -171,49 +175,57 @@ class RowSampler:
         logits: Tensor,
         slots: NDArray[np.int64],
         positions: NDArray[np.int64],
-        draws: NDArray[np.float64],
         parameters: Parameters,
         history: Tensor,
     ) -> Tensor:
         """Token ids int64 [N] of logits float32 [N, vocab], rows contiguous, which it overwrites.
 
-        Row i belongs to slots[i], chooses the token at positions[i] and has the random number draws[i] in (0, 1).
-        history: int32 [slots, length], each slot's tokens before its position.
+        Row i belongs to slots[i] and chooses the token at positions[i]. history: int32 [slots, length], each slot's
+        tokens before its position.
         """
         assert logits.dtype == torch.float32
         assert logits.stride(1) == 1
         assert history.dtype == torch.int32
         assert history.stride(1) == 1
         table, (num_rows, vocab_size) = self._table, logits.shape
-        self._reserve(vocab_size)
-        tokens = np.empty(num_rows, np.int64)
-        by_row = [np.ascontiguousarray(column) for column in (slots, positions, draws)]
-        p = parameters
-        columns = (p.temperature, p.top_k, p.top_p, p.min_p, p.presence_penalty, p.frequency_penalty,
-                   p.repetition_penalty, p.num_prompt_tokens, p.min_tokens, p.stop_token_ids)  # fmt: skip
+        self._reserve(num_rows, vocab_size)
+        self._rows[0, :num_rows], self._rows[1, :num_rows] = slots, positions
+        self._set_columns(parameters)
+        tokens = torch.empty(num_rows, dtype=torch.int64)
         table[NEXT_ROW:SLOTS] = 0, num_rows, logits.data_ptr(), logits.stride(0), vocab_size
-        arrays: list[NDArray[Any]] = [*by_row, tokens, *columns]
-        table[SLOTS:MAX_STOP_TOKENS] = [array.ctypes.data for array in arrays]
-        table[MAX_STOP_TOKENS:SCRATCH] = p.stop_token_ids.shape[1], history.data_ptr(), history.stride(0)
-        self._run(num_rows, _DRAW_WORK * vocab_size * int(np.count_nonzero(p.temperature[slots])))
-        return torch.from_numpy(tokens)
+        table[TOKENS] = tokens.data_ptr()
+        table[HISTORY:SCRATCH] = history.data_ptr(), history.stride(0)
+        self._run(num_rows, _DRAW_WORK * vocab_size * int(np.count_nonzero(parameters.temperature[slots])))
+        return tokens
 
     def _run(self, num_rows: int, work: int) -> None:
-        address = self._table.ctypes.data
         if num_rows == 1 or self._num_threads == 1 or work < MIN_PARALLEL_WORK:
-            _alone(address)
+            _alone(self._address)
         elif (team := running_team(self._num_threads)) is not None:
-            team.run(program.CALL_JOB, address)
+            team.run(program.CALL_JOB, self._address)
         else:
-            _together(address, min(num_chunks(work), self._num_threads))
+            _together(self._address, min(num_chunks(work), self._num_threads))
 
-    def _reserve(self, vocab_size: int) -> None:
-        """Scratch for every thread. Takes memory only as it is written."""
-        if vocab_size <= self._vocab_size:
-            return
-        counts_at = -(-scratch_bytes(vocab_size) // _LINE_BYTES) * _LINE_BYTES
-        each = counts_at + 4 * row_floats(vocab_size)
-        self._scratch = np.zeros(self._num_threads * each + _LINE_BYTES, np.uint8)
-        self._vocab_size = vocab_size
-        self._table[SCRATCH] = -(-self._scratch.ctypes.data // _LINE_BYTES) * _LINE_BYTES
-        self._table[SCRATCH_BYTES : COUNTS_AT + 1] = each, counts_at
+    def _set_columns(self, p: Parameters) -> None:
+        """Addresses of the parameters, which seldom change: asking numpy for them takes longer than drawing does."""
+        columns: tuple[NDArray[Any], ...] = (
+            p.seed, p.temperature, p.top_k, p.top_p, p.min_p, p.presence_penalty, p.frequency_penalty,
+            p.repetition_penalty, p.num_prompt_tokens, p.min_tokens, p.stop_token_ids,
+        )  # fmt: skip
+        if list(map(id, columns)) != list(map(id, self._columns)):
+            self._columns = columns
+            self._table[SEED:MAX_STOP_TOKENS] = [column.ctypes.data for column in columns]
+            self._table[MAX_STOP_TOKENS] = p.stop_token_ids.shape[1]
+
+    def _reserve(self, num_rows: int, vocab_size: int) -> None:
+        """Room for the rows, and scratch for every thread. Scratch takes memory only as it is written."""
+        if num_rows > self._rows.shape[1]:
+            self._rows = np.zeros((2, num_rows + num_rows // 4), np.int64)
+            self._table[SLOTS : POSITIONS + 1] = [row.ctypes.data for row in self._rows]
+        if vocab_size > self._vocab_size:
+            counts_at = -(-scratch_bytes(vocab_size) // _LINE_BYTES) * _LINE_BYTES
+            each = counts_at + 4 * row_floats(vocab_size)
+            self._scratch = zeros((max(_HUGE_PAGE_BYTES, self._num_threads * each + _LINE_BYTES),), torch.uint8)
+            self._vocab_size = vocab_size
+            self._table[SCRATCH] = -(-self._scratch.data_ptr() // _LINE_BYTES) * _LINE_BYTES
+            self._table[SCRATCH_BYTES : COUNTS_AT + 1] = each, counts_at

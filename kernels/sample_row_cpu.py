@@ -41,6 +41,8 @@ _LOG2_E = math.log2(math.e)
 _BITS_OF_ONE = 0x3F800000
 _CUT = 16  # a bisection drops what it need not look at any more when only one weight in so many is left
 _DRAW_VECTORS = 64  # of the steps in which the draw looks for its place
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 
 def row_floats(vocab_size: int) -> int:
@@ -51,6 +53,22 @@ def row_floats(vocab_size: int) -> int:
 def scratch_bytes(vocab_size: int) -> int:
     """What `draw_token` needs: weights, what a bisection has left, token ids, maxima of blocks, the last block."""
     return 4 * (3 * row_floats(vocab_size) + row_floats(vocab_size // BLOCK) + BLOCK)
+
+
+@jit()
+def _mix(x: Any) -> Any:
+    x = (x ^ (x >> np.uint64(30))) * _MIX_1
+    x = (x ^ (x >> np.uint64(27))) * _MIX_2
+    return x ^ (x >> np.uint64(31))
+
+
+@jit()
+def uniform(seed: Any, position: Any) -> Any:
+    """The random number float64 in (0, 1) of a sequence's seed (int64 of the same bits) and a position: the one of
+    `workers/draws.py`, where its source is given."""
+    key = _mix(np.uint64(seed) + _GOLDEN)
+    bits = _mix(key + _GOLDEN * np.uint64(position)) >> np.uint64(24)
+    return (np.float64(bits) + 0.5) * 2.0**-40
 
 
 @jit(forceinline=True)

@@ -17,7 +17,7 @@ _DRAW_BITS = 40
 
 
 def uniform(seeds: NDArray[np.uint64], positions: Ints) -> NDArray[np.float64]:
-    """float64 [n] in (0, 1), for seeds [n] and positions [n].
+    """float64 [n] in (0, 1), for seeds [n] and positions [n]. The CPU's sampler does the same by itself, row by row.
 
     40 bits plus a half: u is never 0, and u * total in float64 never rounds up to the total.
     """

@@ -37,8 +37,7 @@ class Sampler:
             return self._sample_in_torch(logits, slots, positions)
         if not (table.temperature[slots].any() or table.penalised[slots].any() or table.min_tokens[slots].any()):
             return ops.argmax(logits)
-        draws = uniform(table.seed[slots], positions)
-        return self._row_sampler(logits, slots, positions, draws, table, self._tokens.ids)
+        return self._row_sampler(logits, slots, positions, table, self._tokens.ids)
 
     def _sample_in_torch(self, logits: Tensor, slots: Ints, positions: Ints) -> Tensor:
         """The same in operations that run on any device."""

@@ -11,9 +11,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from manta.kernels import sample_cpu
+from manta.kernels import sample_cpu, sample_row_cpu
 from manta.kernels.cpu_decoder.team import team_of
 from manta.kernels.sample_cpu import RowSampler
+from manta.workers import draws as draws_of_workers
 
 Row = NDArray[np.float32]
 
@@ -84,17 +85,36 @@ def parameters(num_slots: int, filters: Filters, **others: Any) -> Any:
         columns[name] = np.full(num_slots, getattr(filters, name), np.float32)
     for name in ("num_prompt_tokens", "min_tokens"):
         columns[name] = np.zeros(num_slots, np.int64)
+    columns["seed"] = np.zeros(num_slots, np.uint64)
     columns["top_k"] = np.full(num_slots, filters.top_k, np.int64)
     columns["stop_token_ids"] = np.full((num_slots, 4), -1, np.int64)
     return SimpleNamespace(**(columns | others))
 
 
+def seed_of(draw: float) -> int:
+    """The seed whose random number at position 0 is the one nearest to `draw`: SplitMix64 backwards, twice."""
+
+    def unshift(x: int, shift: int) -> int:
+        y = x
+        for _ in range(64 // shift):
+            y = x ^ (y >> shift)
+        return y
+
+    x = min(int(draw * 2**40), 2**40 - 1) << 24
+    for _ in range(2):
+        x = unshift(x, 31) * pow(0x94D049BB133111EB, -1, 2**64) % 2**64
+        x = unshift(x, 27) * pow(0xBF58476D1CE4E5B9, -1, 2**64) % 2**64
+        x = unshift(x, 30)
+    return (x - 0x9E3779B97F4A7C15) % 2**64
+
+
 def choose(logits: Row, draws: NDArray[np.float64], parameters: Any, sampler: RowSampler | None = None) -> list[int]:
-    """Tokens of logits [N, vocab]: row i is slot i."""
+    """Tokens of logits [N, vocab]: row i is slot i, and draws[i] its random number."""
+    parameters.seed = np.array([seed_of(draw) for draw in draws], np.uint64)
     rows = np.arange(len(logits))
     history = torch.zeros(len(logits), 4, dtype=torch.int32)
     given = torch.from_numpy(logits.copy())
-    return (sampler or RowSampler())(given, rows, np.zeros_like(rows), draws, parameters, history).tolist()
+    return (sampler or RowSampler())(given, rows, np.zeros_like(rows), parameters, history).tolist()
 
 
 @pytest.fixture(autouse=True)
@@ -103,6 +123,16 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def test_random_numbers_are_those_of_other_devices() -> None:
+    generator = np.random.default_rng(5)
+    seeds = generator.integers(0, 2**64, 1000, np.uint64)
+    positions = generator.integers(0, 2**20, 1000)
+    own = [sample_row_cpu.uniform(int(seed.view(np.int64)), int(p)) for seed, p in zip(seeds, positions, strict=True)]
+    assert own == draws_of_workers.uniform(seeds, positions).tolist()
+    for draw in (0.0, 0.3, 1.0):
+        assert abs(sample_row_cpu.uniform(int(np.uint64(seed_of(draw)).view(np.int64)), 0) - draw) < 2**-40
 
 
 @pytest.mark.parametrize("filters", FILTERS.values(), ids=FILTERS.keys())
@@ -182,6 +212,20 @@ def test_rows_go_over_threads_and_stay_the_same(monkeypatch: pytest.MonkeyPatch)
     assert (len(sample_cpu._alone.signatures), len(sample_cpu._together.signatures)) == compiled == (1, 1)
 
 
+def test_parameters_that_have_moved_are_found_again() -> None:
+    """Columns grow with the slots: the arrays are others then."""
+    logits = rows_of("normal", 100, 40)
+    draws, sampler = np.full(40, 0.9), RowSampler()
+    columns = parameters(40, Filters())
+    assert choose(logits, draws, columns, sampler) == choose(logits, draws, columns)
+    columns.top_k = np.ones(40, np.int64)
+    assert choose(logits, draws, columns, sampler) == logits.argmax(axis=1).tolist()
+    columns.temperature = np.zeros(40, np.float32)
+    columns.min_tokens = np.ones(40, np.int64)
+    columns.stop_token_ids = np.repeat(np.arange(99)[None], 40, axis=0)
+    assert choose(logits, draws, columns, sampler) == [99] * 40
+
+
 def test_penalties_and_stop_tokens_change_the_logits_as_written() -> None:
     vocab_size = 50
     generator = np.random.default_rng(3)
@@ -208,19 +252,18 @@ def test_penalties_and_stop_tokens_change_the_logits_as_written() -> None:
     sampler = RowSampler()
     for _ in range(2):  # what it counts with is clean again
         changed = logits.clone()
-        sampler(changed, np.arange(4), positions, np.full(4, 0.5), columns, history)
+        sampler(changed, np.arange(4), positions, columns, history)
         assert torch.allclose(changed.double(), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_rows_need_not_lie_one_behind_the_other() -> None:
     """Padding columns between rows are neither read nor written."""
     logits = torch.from_numpy(rows_of("normal", 200, 6))
-    draws = np.random.default_rng(4).random(6)
     wide = torch.full((6, 263), torch.nan)
     wide[:, :200] = logits
     history = torch.zeros(6, 4, dtype=torch.int32)
-    rows, columns = np.arange(6), parameters(6, Filters(0.6, 0, 0.9))
+    rows, columns = np.arange(6), parameters(6, Filters(0.6, 0, 0.9), seed=np.arange(6, dtype=np.uint64))
     sampler = RowSampler()
-    chosen = sampler(wide[:, :200], rows, rows, draws, columns, history)
-    assert torch.equal(chosen, sampler(logits, rows, rows, draws, columns, history))
+    chosen = sampler(wide[:, :200], rows, rows, columns, history)
+    assert torch.equal(chosen, sampler(logits, rows, rows, columns, history))
     assert bool(wide[:, 200:].isnan().all())
