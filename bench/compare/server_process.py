@@ -79,7 +79,7 @@ class ServerProcess:
 
 def _command(kind: str, python: str, model: str, port: int, options: dict[str, Any]) -> list[str]:
     if kind == "manta":
-        begin = [str(_MANTA), "serve", model, "--grpc-port", "0"]
+        begin = [str(_MANTA), "serve", model, "--distributed-executor-backend", "local", "--grpc-port", "0"]
     elif kind == "vllm":
         begin = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--disable-log-requests"]
         options = _VLLM_FLAGS | options
