@@ -10,7 +10,7 @@ Each block is in exactly one state:
 
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
-from itertools import islice
+from typing import cast
 
 
 class BlockPool:
@@ -97,14 +97,20 @@ class BlockPool:
                 del limbo[block]
             self._free(settled)
 
-    def find(self, block_hash: bytes) -> int | None:
-        return self.by_hash.get(block_hash)
+    def find(self, hashes: Iterable[bytes]) -> list[int]:
+        """The blocks of the first hashes, up to one that is not known."""
+        found = list(map(self.by_hash.get, hashes))
+        if None in found:
+            del found[found.index(None) :]
+        return cast(list[int], found)
 
-    def publish(self, block: int, block_hash: bytes) -> None:
-        """The full block's KV exists, or will before a later plan runs. Of blocks with equal content the first one
+    def publish(self, blocks: Iterable[int], hashes: Iterable[bytes]) -> None:
+        """The full blocks' KV exists, or will before a later plan runs. Of blocks with equal content the first one
         published is the one found."""
-        if self.hashes[block] is None and self.by_hash.setdefault(block_hash, block) == block:
-            self.hashes[block] = block_hash
+        known, find_or_set = self.hashes, self.by_hash.setdefault
+        for block, block_hash in zip(blocks, hashes, strict=True):
+            if known[block] is None and find_or_set(block_hash, block) == block:
+                known[block] = block_hash
 
     def num_unreferenced(self, blocks: Iterable[int]) -> int:
         """How many of `blocks` sharing would take from the free ones."""
@@ -121,10 +127,9 @@ class BlockPool:
 
     def _evict(self, count: int) -> list[int]:
         """Blocks that were cached and are not findable any more."""
-        cached, hashes, by_hash = self.cached, self.hashes, self.by_hash
-        evicted = list(islice(cached, count))
+        hashes, by_hash, pop = self.hashes, self.by_hash, self.cached.popitem
+        evicted = [pop(last=False)[0] for _ in range(count)]
         for block in evicted:
-            del cached[block]
             block_hash = hashes[block]
             assert block_hash is not None
             del by_hash[block_hash]

@@ -109,15 +109,11 @@ class Replica:
         if not self.enable_prefix_caching:
             return found
         self._publish_filled()
-        block_size, hashes, find = self.capacity.block_size, sequence.hashes, self.pool.find
+        block_size, hashes = self.capacity.block_size, sequence.hashes
         num_full = len(sequence.tokens) // block_size
         while True:
-            for block_hash in hashes[len(found) :]:
-                block = find(block_hash)
-                if block is None:
-                    return found
-                found.append(block)
-            if len(hashes) >= num_full:
+            found += self.pool.find(hashes[len(found) :])
+            if len(found) < len(hashes) or len(hashes) >= num_full:
                 return found
             # What is hashed here and not found need not be hashed when it is published; more can wait until then.
             num_hashed = min(len(hashes) + _HASH_STRIDE, num_full)
@@ -134,9 +130,7 @@ class Replica:
         if len(hashes) < num_full:
             tokens = self.slots.tokens[sequence.slot, len(hashes) * block_size : num_full * block_size]
             self.hasher.extend(hashes, sequence.root, tokens)
-        publish = self.pool.publish
-        for block, block_hash in zip(sequence.blocks[start:num_full], hashes[start:num_full], strict=True):
-            publish(block, block_hash)
+        self.pool.publish(sequence.blocks[start:num_full], hashes[start:num_full])
         sequence.num_published = num_full
 
     def note_filled(self, filled: dict[int, int]) -> None:
@@ -163,11 +157,12 @@ class Replica:
             return
         parents = [sequence.hashes[-1] if sequence.hashes else sequence.root for sequence in sequences]
         hashes = self.hasher.next_hashes(parents, indices, self.slots.blocks(slots, indices))
-        publish = self.pool.publish
+        blocks = []
         for sequence, index, block_hash in zip(sequences, indices, hashes, strict=True):
             sequence.hashes.append(block_hash)
-            publish(sequence.blocks[index], block_hash)
+            blocks.append(sequence.blocks[index])
             sequence.num_published = index + 1
+        self.pool.publish(blocks, hashes)
 
     def confirm(self, result: StepResult) -> InFlightStep | None:
         """The plan that `result` answers, which is no longer in flight; None for a result of an earlier epoch.

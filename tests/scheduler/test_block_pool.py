@@ -102,7 +102,7 @@ class Model(RuleBasedStateMachine):
         if twin and self.published:  # the same tokens were computed twice
             self.content[block] = data.draw(st.sampled_from(self.published))[0]
         name = self.content[block]
-        self.pool.publish(block, name.encode())
+        self.pool.publish([block], [name.encode()])
         if all(other != name for other, _ in self.published):
             self.published.append((name, block))
 
@@ -110,7 +110,7 @@ class Model(RuleBasedStateMachine):
     @rule(data=st.data())
     def hit(self, data: st.DataObject) -> None:
         name, block = data.draw(st.sampled_from(self.published))
-        assert self.pool.find(name.encode()) == block
+        assert self.pool.find([name.encode()]) == [block]
         taken = block in self.free
         assert self.pool.num_unreferenced([block]) == taken
         self.pool.share([block])
@@ -151,7 +151,7 @@ def test_evicts_the_longest_unused_and_of_a_table_the_tail_first() -> None:
     pool = BlockPool(4)
     first, second = pool.take(2), pool.take(2)
     for block in first + second:
-        pool.publish(block, bytes([block]))
+        pool.publish([block], [bytes([block])])
     pool.release(second, None)
     pool.release(first, None)
     assert [pool.take(1)[0] for _ in range(4)] == [second[1], second[0], first[1], first[0]]
@@ -161,17 +161,17 @@ def test_evicts_the_longest_unused_and_of_a_table_the_tail_first() -> None:
 def test_blank_blocks_go_before_cached_ones() -> None:
     pool = BlockPool(3)
     published, blank = pool.take(1), pool.take(1)
-    pool.publish(published[0], b"hash")
+    pool.publish([published[0]], [b"hash"])
     pool.release(published, None)
     pool.release(blank, None)
     assert published[0] not in pool.take(2)
-    assert pool.find(b"hash") == published[0]
+    assert pool.find([b"hash"]) == [published[0]]
 
 
 def test_a_block_in_limbo_is_found_and_not_given_out() -> None:
     pool = BlockPool(1)
     (block,) = pool.take(1)
-    pool.publish(block, b"hash")
+    pool.publish([block], [b"hash"])
     pool.release([block], until=5)
     assert (pool.num_free, pool.num_limbo) == (0, 1)
     pool.share([block])
@@ -186,7 +186,7 @@ def test_a_write_to_what_others_can_read_goes_to_a_copy(shared: str) -> None:
     if shared == "by a fork":
         pool.fork(table)
     else:
-        pool.publish(table[0], b"hash")
+        pool.publish([table[0]], [b"hash"])
     copy = pool.writable(table[0], None)
     assert copy != table[0]
     assert pool.writable(copy, None) == copy
@@ -195,7 +195,7 @@ def test_a_write_to_what_others_can_read_goes_to_a_copy(shared: str) -> None:
 def test_a_block_found_in_limbo_and_released_again_waits_for_the_later_step() -> None:
     pool = BlockPool(1)
     (block,) = pool.take(1)
-    pool.publish(block, b"hash")
+    pool.publish([block], [b"hash"])
     pool.release([block], until=5)
     pool.share([block])
     pool.release([block], until=6)
