@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from manta.kernels.cpu_decoder.fetch import LINE_BYTES, fetch_lines
 from manta.kernels.cpu_decoder.threads import atomic_add
 from manta.kernels.cpu_decoder.tiles import COLUMNS, LANES, MAX_ROWS, multiply_tile, widen_panel
 from manta.kernels.cpu_decoder.vectors import silu_mul_row
@@ -89,22 +90,43 @@ def _finish(
 
 
 @jit()
-def _multiply_wide(
-    x: Any, x_stride: Any, rows: Any, half_k: Any, weight: Any, step: Any, second: Any, scratch: Any, kind: Any
+def _multiply_unit(
+    x: Any, x_stride: Any, rows: Any, half_k: Any, weight: Any, following: Any, panel: Any, bias: Any, num_out: Any,
+    out: Any, at: Any, out_stride: Any, mode: Any, scratch: Any, left: Any, kind: Any,
 ) -> None:  # fmt: skip
-    """The sums [rows, 32] of one panel in `scratch`, from parts of the panel that are widened to float32 once for all
-    rows, not once for every MAX_ROWS. Each sum is over k in the same order."""
+    """One panel for a block of rows. Many rows take it in parts, each widened to float32 once, not once for every
+    MAX_ROWS, while the next part (after the last, of the panel at `following`) is fetched. Each sum is over k in the
+    same order.
+    """
+    step = 2 * COLUMNS * item_bytes(kind)
+    second = step // 2 if is_paired(kind) else step // 4  # where in a pair of rows the second 16 columns begin
     sums = scratch + SEGMENT_BYTES
     wide = sums + 4 * (BLOCK_ROWS + MAX_ROWS) * COLUMNS
-    for first in range(0, half_k, WIDE_HALF_K):
-        count = min(WIDE_HALF_K, half_k - first)
-        widen_panel(weight + first * step, count, step, second, wide, kind)
-        store_int64(scratch, 0, wide)
+    is_wide = item_bytes(left) == 4 and item_bytes(kind) == 2 and rows >= MIN_WIDE_ROWS
+    part = WIDE_HALF_K if is_wide else half_k
+    tile_lines = part * step // (LINE_BYTES * ((rows + MAX_ROWS - 1) // MAX_ROWS)) + 1
+    for first in range(0, half_k, part):
+        count = min(part, half_k - first)
+        is_last = first + count == half_k
+        next_part = following if is_last else weight + (first + count) * step
+        if is_wide:
+            widen_panel(weight + first * step, count, step, second, wide, kind)
+        store_int64(scratch, 0, wide if is_wide else weight)
         for r in range(0, rows, MAX_ROWS):
-            multiply_tile(
-                min(MAX_ROWS, rows - r), x + 4 * (r * x_stride + 2 * first), x_stride, scratch, 1, 0, 4 * LANES,
-                8 * COLUMNS, count, 0, sums + 4 * r * COLUMNS, COLUMNS, first, F32, F32,
-            )  # fmt: skip
+            tile, tile_sums = min(MAX_ROWS, rows - r), sums + 4 * r * COLUMNS
+            if is_wide:
+                fetch_lines(next_part + r // MAX_ROWS * tile_lines * LINE_BYTES, tile_lines)
+                multiply_tile(
+                    tile, x + 4 * (r * x_stride + 2 * first), x_stride, scratch, 1, 0, 4 * LANES, 8 * COLUMNS, count, 0,
+                    tile_sums, COLUMNS, first, F32, F32,
+                )  # fmt: skip
+            else:
+                multiply_tile(
+                    tile, x + item_bytes(left) * r * x_stride, x_stride, scratch, 1, 0, second, step, half_k,
+                    AHEAD_BYTES, tile_sums, COLUMNS, 0, left, kind,
+                )  # fmt: skip
+            if is_last:  # at once: what it writes goes to memory while the next tile is computed
+                _finish(tile, panel, tile_sums, bias, num_out, out, at + r * out_stride, out_stride, mode, left)
 
 
 def multiply(
@@ -121,29 +143,20 @@ def multiply(
     """
     weight, bias = load_int64(linear, 0), load_int64(linear, 1)
     half_k = (num_in + 1) // 2
-    step = 2 * COLUMNS * item_bytes(kind)
-    second = step // 2 if is_paired(kind) else step // 4  # where in a pair of rows the second 16 columns begin
+    panel_bytes = half_k * 2 * COLUMNS * item_bytes(kind)
     panels = (num_out + LANES - 1) // LANES if mode == SILU_MUL else (num_out + COLUMNS - 1) // COLUMNS
     blocks = (rows + BLOCK_ROWS - 1) // BLOCK_ROWS
     block_rows = ((rows + blocks - 1) // blocks + MAX_ROWS - 1) // MAX_ROWS * MAX_ROWS
     units = blocks * panels
-    sums = scratch + SEGMENT_BYTES
     is_counted = rows >= MIN_COUNTED_ROWS
     unit = atomic_add(counter, 1) if is_counted else units * thread // threads
     end_unit = units if is_counted else units * (thread + 1) // threads
     while unit < end_unit:
-        panel = unit % panels
+        next_unit = atomic_add(counter, 1) if is_counted else unit + 1
         row = unit // panels * block_rows
-        end = min(rows, row + block_rows)
-        address = weight + panel * half_k * step
-        if item_bytes(left) == 4 and item_bytes(kind) == 2 and end - row >= MIN_WIDE_ROWS:
-            _multiply_wide(x + 4 * row * x_stride, x_stride, end - row, half_k, address, step, second, scratch, kind)
-        else:
-            store_int64(scratch, 0, address)
-            for r in range(0, end - row, MAX_ROWS):
-                multiply_tile(
-                    min(MAX_ROWS, end - row - r), x + item_bytes(left) * (row + r) * x_stride, x_stride, scratch, 1, 0,
-                    second, step, half_k, AHEAD_BYTES, sums + 4 * r * COLUMNS, COLUMNS, 0, left, kind,
-                )  # fmt: skip
-        _finish(end - row, panel, sums, bias, num_out, out, row * out_stride, out_stride, mode, left)
-        unit = atomic_add(counter, 1) if is_counted else unit + 1
+        _multiply_unit(
+            x + item_bytes(left) * row * x_stride, x_stride, min(block_rows, rows - row), half_k,
+            weight + unit % panels * panel_bytes, weight + next_unit % panels * panel_bytes, unit % panels, bias,
+            num_out, out, row * out_stride, out_stride, mode, scratch, left, kind,
+        )  # fmt: skip
+        unit = next_unit
