@@ -188,27 +188,27 @@ def test_rows_without_a_distribution_give_the_last_token(vocab_size: int, filter
 
 
 def test_rows_go_over_threads_and_stay_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    logits = rows_of("normal", 1000, 33)
+    logits = rows_of("normal", 5000, 33)
     draws = np.random.default_rng(2).random(33)
     columns = parameters(33, Filters(0.9, 40, 0.95))
     columns.temperature[::3] = 0.0
     columns.repetition_penalty[::4] = 1.5
     alone = choose(logits, draws, columns)
-    monkeypatch.setattr(sample_cpu, "MIN_PARALLEL_WORK", 0)
+    monkeypatch.setattr(sample_cpu, "MIN_SHARED_LOGITS", 0)
     torch.set_num_threads(2)
     team = team_of(2, torch.float32, uses_dot=False)
     jobs = []
     run = team.run
     monkeypatch.setattr(team, "run", lambda job, step: (jobs.append(job), run(job, step)))
     sampler = RowSampler()
-    for _ in range(50):
+    for _ in range(20):
         assert choose(logits, draws, columns, sampler) == alone
-    assert len(jobs) == 50
+    assert len(jobs) == 20
     monkeypatch.setattr(sample_cpu, "running_team", lambda num_threads: None)
     sampler = RowSampler()
     compiled = len(sample_cpu._alone.signatures), len(sample_cpu._together.signatures)
     assert choose(logits, draws, columns, sampler) == alone
-    assert len(jobs) == 50
+    assert len(jobs) == 20
     assert (len(sample_cpu._alone.signatures), len(sample_cpu._together.signatures)) == compiled == (1, 1)
 
 
