@@ -152,11 +152,11 @@ def multiply(
     unit = atomic_add(counter, 1) if is_counted else units * thread // threads
     end_unit = units if is_counted else units * (thread + 1) // threads
     while unit < end_unit:
-        next_unit = atomic_add(counter, 1) if is_counted else unit + 1
+        likely_next = unit + threads if is_counted else unit + 1
         row = unit // panels * block_rows
         _multiply_unit(
             x + item_bytes(left) * row * x_stride, x_stride, min(block_rows, rows - row), half_k,
-            weight + unit % panels * panel_bytes, weight + next_unit % panels * panel_bytes, unit % panels, bias,
+            weight + unit % panels * panel_bytes, weight + likely_next % panels * panel_bytes, unit % panels, bias,
             num_out, out, row * out_stride, out_stride, mode, scratch, left, kind,
         )  # fmt: skip
-        unit = next_unit
+        unit = atomic_add(counter, 1) if is_counted else unit + 1
