@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from manta.configs.model import ModelSpec
 from manta.kernels import ops
-from manta.kernels.cpu_decoder.stage import Linear
+from manta.kernels.cpu_decoder.shape import Linear
 from manta.workers.mesh import Mesh
 from manta.workers.weights import local_size, padded_vocab_size
 

@@ -14,7 +14,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
-from manta.workers import host_collectives
 from manta.workers.collectives import Collectives, MeshError, ProcessGroupCollectives, end_group
 
 SPARE_PENDING_SENDS = 8
@@ -164,6 +163,8 @@ def _tp_collectives(
     collectives = ProcessGroupCollectives(group)
     if device.type == "cuda" or not shared_memory:
         return collectives
+    from manta.workers import host_collectives  # compiles for the CPU; not needed elsewhere
+
     return host_collectives.connect(
         PrefixStore(f"memory/{pp_rank}", store),
         rank=tp_rank,

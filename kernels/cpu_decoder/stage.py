@@ -4,7 +4,7 @@ Owns the packed weights, the activations and the tables that threads read (see `
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -15,48 +15,13 @@ from manta.kernels.cpu_decoder import attention, dot, layout, products, program
 from manta.kernels.cpu_decoder.items import NO_JOINS, Work, attention_items, single_queries
 from manta.kernels.cpu_decoder.memory import in_huge_pages, zeros
 from manta.kernels.cpu_decoder.products import interleave, pack_weight
+from manta.kernels.cpu_decoder.shape import LayerWeights, Linear, StageShape
 from manta.kernels.cpu_decoder.team import team_of
 from manta.kernels.cpu_decoder.tiles import LANES, MAX_ROWS
 from manta.kernels.metadata import AttentionMetadata, KVCache
 
 UNLIMITED = 1 << 40  # a window no sequence fills
 _LINE_BYTES = 64
-
-
-@dataclass(frozen=True, slots=True)
-class Linear:
-    """weight [out, in] and bias [out]."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-
-@dataclass(frozen=True, slots=True)
-class LayerWeights:
-    """One layer as this rank holds it. Norms are [size]; gate_up is [2 * intermediate, hidden], gate first."""
-
-    input_norm: Tensor
-    qkv: Linear
-    q_norm: Tensor | None
-    k_norm: Tensor | None
-    o: Linear
-    mlp_norm: Tensor
-    gate_up: Linear
-    down: Linear
-    window: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class StageShape:
-    """Sizes of this rank's part."""
-
-    hidden: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    intermediate: int
-    eps: float
-    is_split: bool  # whether ranks must sum what o and down give
 
 
 class CpuStage:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from manta.kernels.cpu_decoder.stage import LayerWeights, Linear, StageShape
+from manta.kernels.cpu_decoder.shape import LayerWeights, Linear, StageShape
 
 
 @dataclass(frozen=True)

@@ -5,19 +5,22 @@ Names of modules are the targets in workers/weights.py.
 """
 
 from dataclasses import dataclass
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
 from manta.configs.model import ModelSpec
 from manta.kernels import ops
-from manta.kernels.cpu_decoder.stage import CpuStage, LayerWeights, StageShape
+from manta.kernels.cpu_decoder.shape import LayerWeights, StageShape
 from manta.kernels.metadata import AttentionMetadata, KVCache
 from manta.workers.layers import Layer, LMHead, MergedColumnLinear, QKVLinear, RMSNorm, RowLinear, VocabEmbedding
 from manta.workers.mesh import Mesh
 from manta.workers.rope import rope_table
 from manta.workers.weights import local_size, num_local_kv_heads, stage_layers
+
+if TYPE_CHECKING:  # it needs numba, which only CPUs do
+    from manta.kernels.cpu_decoder.stage import CpuStage
 
 
 @dataclass(slots=True)
@@ -165,8 +168,10 @@ class CausalLM(nn.Module):
         return out
 
 
-def _cpu_stage(model: CausalLM) -> CpuStage:
+def _cpu_stage(model: CausalLM) -> "CpuStage":
     """Packs the model's layers for the CPU; they give up their own weights."""
+    from manta.kernels.cpu_decoder.stage import CpuStage
+
     spec, mesh = model.spec, model.mesh
     shape = StageShape(
         hidden=spec.hidden_size,

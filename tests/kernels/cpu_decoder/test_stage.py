@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from manta.kernels.cpu_decoder import program
-from manta.kernels.cpu_decoder.stage import CpuStage, LayerWeights, Linear
+from manta.kernels.cpu_decoder.shape import LayerWeights, Linear
+from manta.kernels.cpu_decoder.stage import CpuStage
 from manta.kernels.cpu_decoder.team import Team, team_of
 from tests.support.decoder_kernels import NAN, VARIANTS, Variant
 from tests.support.paging import PagedSequences
