@@ -1,9 +1,13 @@
 """The operations models are written with. This is the only place that picks a kernel by device.
 
-A CUDA device runs the plain-torch forms; contracts (shapes, dtypes) are those of `reference`.
+A CUDA device runs Triton kernels, or plain torch where Triton is not installed; contracts (shapes, dtypes) are those of
+`reference`.
 """
 
 from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -24,25 +28,38 @@ from manta.kernels.cpu_decoder import layout, memory
 from manta.kernels.metadata import AttentionMetadata
 
 
+@cache
+def _gpu() -> ModuleType:
+    """What GPUs run. Imported when the first tensor of one comes: processes of a CPU do without."""
+    if find_spec("triton") is None:
+        return reference
+    from manta.kernels import gpu_ops
+
+    return gpu_ops
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Root mean square norm of x [T, hidden]."""
     if x.is_cpu:
         return rms_norm_cpu.rms_norm(x, weight, eps)
-    return reference.rms_norm(x, weight, eps)
+    out: Tensor = _gpu().rms_norm(x, weight, eps)
+    return out
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
     """residual += x in place; returns its root mean square norm. x, residual: [T, hidden]."""
     if x.is_cpu:
         return rms_norm_cpu.add_rms_norm(x, residual, weight, eps)
-    return reference.add_rms_norm(x, residual, weight, eps)
+    out: Tensor = _gpu().add_rms_norm(x, residual, weight, eps)
+    return out
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
     """[T, 2 * size], gate first -> silu(gate) * up [T, size]."""
     if gate_up.is_cpu:
         return silu_mul_cpu.silu_mul(gate_up)
-    return reference.silu_mul(gate_up)
+    out: Tensor = _gpu().silu_mul(gate_up)
+    return out
 
 
 def rope_kv_write(
@@ -59,7 +76,7 @@ def rope_kv_write(
     if qkv.is_cpu:
         rope_kv_write_cpu.rope_kv_write(qkv, cos_sin, slot_mapping, keys, values, q_norm, k_norm, eps)
     else:
-        reference.rope_kv_write(qkv, cos_sin, slot_mapping, keys, values, q_norm, k_norm, eps)
+        _gpu().rope_kv_write(qkv, cos_sin, slot_mapping, keys, values, q_norm, k_norm, eps)
 
 
 def paged_attention(

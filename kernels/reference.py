@@ -8,24 +8,36 @@ from torch import Tensor
 
 from manta.kernels.metadata import AttentionMetadata
 
+E4M3_MAX = 448.0
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x: [..., size], weight: [size]. Returns x / sqrt(mean(x ** 2) + eps) * weight."""
+
+def to_e4m3(x: Tensor, scale: Tensor) -> Tensor:
+    """x / scale (float32 [1]) as float8_e4m3fn, to nearest; what is beyond its greatest value becomes that."""
+    return (x.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+
+
+def _rounded(wide: Tensor, dtype: torch.dtype, out_scale: Tensor | None) -> Tensor:
+    return wide.to(dtype) if out_scale is None else to_e4m3(wide, out_scale)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, out_scale: Tensor | None = None) -> Tensor:
+    """x: [..., size], weight: [size]. Returns x / sqrt(mean(x ** 2) + eps) * weight, of x's dtype or, where a scale
+    is given (float32 [1]), divided by that as float8_e4m3fn."""
     wide = x.float()
     wide = wide * torch.rsqrt(wide.pow(2).mean(dim=-1, keepdim=True) + eps)
-    return (wide * weight.float()).to(x.dtype)
+    return _rounded(wide * weight.float(), x.dtype, out_scale)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """residual += x in place; returns the norm of it. x, residual: [T, hidden]."""
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, out_scale: Tensor | None = None) -> Tensor:
+    """residual += x in place; returns the norm of it, as `rms_norm` does. x, residual: [T, hidden]."""
     residual.copy_(x.float() + residual.float())
-    return rms_norm(residual, weight, eps)
+    return rms_norm(residual, weight, eps, out_scale)
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """[T, 2 * size], gate first -> silu(gate) * up [T, size]."""
+def silu_mul(gate_up: Tensor, out_scale: Tensor | None = None) -> Tensor:
+    """[T, 2 * size], gate first -> silu(gate) * up [T, size]; out_scale as in `rms_norm`."""
     gate, up = gate_up.float().chunk(2, dim=-1)
-    return (torch.nn.functional.silu(gate) * up).to(gate_up.dtype)
+    return _rounded(torch.nn.functional.silu(gate) * up, gate_up.dtype, out_scale)
 
 
 def apply_rope(x: Tensor, cos_sin: Tensor) -> Tensor:
@@ -56,11 +68,14 @@ def rope_kv_write(
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
     eps: float = 0.0,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> None:
     """Norms (where weights [head_dim] are given) and rotates queries and keys; writes keys and values to the pages.
 
     qkv: [T, (num_heads + 2 * num_kv_heads) * head_dim], its query part overwritten by the rotated queries; the key
-    part is left undefined. cos_sin: float32 [T, head_dim]; the others as in `kv_write`.
+    part is left undefined. cos_sin: float32 [T, head_dim]; the others as in `kv_write`. Pages of float8_e4m3fn hold
+    keys / k_scale and values / v_scale (float32 [1]). On a GPU a slot below 0 stands for a token that is not there.
     """
     num_kv_heads, dim = keys.shape[1], keys.shape[3]
     heads = qkv.view(qkv.shape[0], -1, dim).float()
@@ -72,7 +87,12 @@ def rope_kv_write(
         k = rms_norm(k, k_norm, eps)
     q = apply_rope(q, cos_sin)
     qkv[:, : q.shape[1] * dim] = q.flatten(1).to(qkv.dtype)
-    kv_write(apply_rope(k, cos_sin), v, slot_mapping, keys, values)
+    k = apply_rope(k, cos_sin)
+    if k_scale is not None and v_scale is not None:
+        # Bytes: torch has no indexed write of fp8.
+        k, v = (to_e4m3(x, scale).view(torch.uint8) for x, scale in ((k, k_scale), (v, v_scale)))
+        keys, values = keys.view(torch.uint8), values.view(torch.uint8)
+    kv_write(k, v, slot_mapping, keys, values)
 
 
 def paged_attention(
