@@ -1,7 +1,8 @@
 """Compiles Triton kernels for GPUs that are not here, and reads from the machine code what they would use there.
 
 A family of kernels lists its launches in `tests/kernels/triton/launches_<family>.py`, as `LAUNCHES`: name -> function
-that calls the kernels' launcher with tensors of real shapes on the "meta" device. Nothing runs: `JITFunction.run` is
+that calls the kernels' launcher with tensors of real shapes on the "meta" device, and perhaps as `ONLY`: name ->
+compute capabilities, for launches that some devices do not have. Nothing runs: `JITFunction.run` is
 replaced, and what it was called with is specialised (types, divisibility, constants) just as a launch would be. So what
 is compiled is what would run. `python -m tests.support.aot <family> ...` prints the results as JSON lines; it must not
 run under TRITON_INTERPRET, which is why `resources_of` starts it as a process of its own.
@@ -128,12 +129,14 @@ def _registers_and_stack(cubin: bytes) -> tuple[int, int]:
 def compiled(family: str, capabilities: tuple[int, ...]) -> Iterator[Resources]:
     """The resources of each kernel of each launch of the family; every different kernel once per launch."""
     assert os.environ.get("TRITON_INTERPRET") != "1", "interpreted kernels cannot be compiled: unset TRITON_INTERPRET"
-    launches: Launches = importlib.import_module(f"tests.kernels.triton.launches_{family}").LAUNCHES
+    module = importlib.import_module(f"tests.kernels.triton.launches_{family}")
+    launches: Launches = module.LAUNCHES
+    only: dict[str, tuple[int, ...]] = getattr(module, "ONLY", {})
     for name, launch in launches.items():
         with _recorded_launches() as calls:
             launch()
         assert calls, f"{family}: {name} launched no Triton kernel"
-        for capability in capabilities:
+        for capability in sorted(set(capabilities) & set(only.get(name, capabilities))):
             for kernel, args, kwargs in calls:
                 result = _compile(kernel, args, kwargs, capability)
                 registers, stack_bytes = _registers_and_stack(result.asm["cubin"])

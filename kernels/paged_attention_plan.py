@@ -1,0 +1,121 @@
+"""How paged attention is laid out on a GPU: query tiles, key tiles, and into how many parts a long sequence is split.
+
+Everything here is plain arithmetic on what the host knows of a step; nothing waits for the device. As in FlashInfer
+(Ye et al. 2025, section 3.3) planning is apart from running: a plan depends on a few integers, so that the layers of
+a step, after the first, find it in a cache.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+PROGRAMS_PER_SM = 2  # that a device is taken to run at once
+MIN_SPLIT_TILES = 4  # fewer key tiles than these are not worth a program, its partial result and the merge of it
+MAX_SPLITS = 64
+INVARIANT_SPLIT = 2048  # keys of each part in the batch-invariant form, from position 0 on
+MAX_PARTIAL_VALUES = 1 << 26  # float32 values of partial results in one launch, unless a single token has more
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """The shape of one program's work: block_m query rows (tokens x heads of a group) over block_n keys at a time."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One launch. The grid is [num_tiles, KV heads, num_splits]; a query tile has `block_q` tokens of one row."""
+
+    tile: Tile
+    block_q: int
+    num_tiles: int
+    num_splits: int
+    one_token: bool  # every row has exactly one token: row r is token r
+    fixed_split: int  # keys of each split, at fixed positions; 0: a row's keys are shared evenly
+    tokens_per_launch: int  # partial results bound how many are taken at a time
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def choose_tile(head_dim: int, group: int, element_bytes: int, num_decodes: int, max_query_len: int) -> Tile:
+    """Few query rows for steps that only decode, many for steps that only prefill, and between them for mixed ones.
+
+    A tile has at least one token with all heads of its group, and 16 rows, which matrix units take at once.
+    head_dim is that of the padded tile.
+    """
+    least = max(16, _next_power_of_2(group))
+    if element_bytes == 4:  # no matrix units: for tests and small models
+        return Tile(least, 32 if head_dim <= 64 else 16, 4, 2)
+    if max_query_len == 1:
+        return Tile(least, 64 if head_dim <= 128 else 32, 4, 3)
+    if num_decodes or max_query_len <= 16:
+        return Tile(max(least, 64), 64 if head_dim <= 128 else 32, 4 if head_dim <= 128 else 8, 3)
+    return Tile(max(least, 128), 64 if head_dim <= 128 else 32, 8, 3)
+
+
+def choose_num_splits(num_programs: int, num_key_tiles: int, num_slots: int) -> int:
+    """Parts to split every row's keys into, so that `num_programs` without splitting fill `num_slots` of a device.
+
+    The rule is Flash-Decoding's as FlashAttention-2 has it (`num_splits_heuristic`): the least number of splits whose
+    last wave of programs is nearly (85 % of the best) as full as with any other number. `num_key_tiles` is the most
+    that any row has.
+    """
+    if num_programs >= 0.8 * num_slots:
+        return 1
+    most = min(MAX_SPLITS, ceil_div(num_key_tiles, MIN_SPLIT_TILES), ceil_div(2 * num_slots, num_programs))
+    efficiency = [1.0] * (most + 1)
+    for splits in range(1, most + 1):
+        waves = num_programs * splits / num_slots
+        efficiency[splits] = waves / ceil_div(num_programs * splits, num_slots)
+    best = max(efficiency[1:], default=1.0)
+    return next((splits for splits in range(1, most + 1) if efficiency[splits] >= 0.85 * best), 1)
+
+
+@lru_cache(maxsize=4096)
+def make_plan(
+    num_tokens: int,
+    num_rows: int,
+    num_decodes: int,
+    max_query_len: int,
+    max_seq_len: int,
+    window: int | None,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    element_bytes: int,
+    num_sms: int,
+    batch_invariant: bool,
+) -> Plan:
+    """The plan of a step of num_tokens tokens in num_rows rows, of which none has more than max_seq_len keys.
+
+    Batch-invariant: tiles are those of a mixed step whatever the step, and keys are split at fixed positions, so that
+    a token's result takes the same operations in the same order in every batch, as "batch-invariant" kernels do
+    (He et al., "Defeating nondeterminism in LLM inference", 2025: fixed split sizes). With a window there is no split.
+    """
+    group = num_heads // num_kv_heads
+    padded_dim = max(16, _next_power_of_2(head_dim))
+    one_token = max_query_len == 1 and num_tokens == num_rows and not batch_invariant
+    if batch_invariant:
+        tile = choose_tile(padded_dim, group, element_bytes, 1, 2)
+    else:
+        tile = choose_tile(padded_dim, group, element_bytes, num_decodes, 1 if one_token else max(2, max_query_len))
+    block_q = 1 if one_token else tile.block_m // group
+    num_tiles = num_rows if one_token else num_tokens // block_q + num_rows
+    most_keys = max_seq_len if window is None else min(max_seq_len, window + block_q)
+    fixed_split = INVARIANT_SPLIT if batch_invariant and window is None else 0
+    if batch_invariant:
+        splits = max(1, ceil_div(max_seq_len, fixed_split)) if fixed_split else 1
+    else:
+        programs = num_tiles * num_kv_heads
+        splits = choose_num_splits(programs, ceil_div(most_keys, tile.block_n), PROGRAMS_PER_SM * num_sms)
+    tokens_per_launch = max(1, MAX_PARTIAL_VALUES // (num_heads * head_dim * splits)) if splits > 1 else num_tokens
+    return Plan(tile, block_q, num_tiles, splits, one_token, fixed_split, tokens_per_launch)
