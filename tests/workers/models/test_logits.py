@@ -68,7 +68,7 @@ def test_logits_where_the_cpu_decoder_is_not_used(
 ) -> None:
     """Operation by operation, as CPUs with matrix units run bfloat16 models."""
     monkeypatch.setattr(ops, "uses_cpu_decoder", lambda *_: False)
-    monkeypatch.setattr(decoder, "CpuStage", None)  # or the comparison is with the wrong path
+    monkeypatch.setattr(decoder, "_cpu_stage", None)  # or the comparison is with the wrong path
     steps = run_steps(make_checkpoint(tmp_path, family), Mesh.single(CPU), dtype)
     assert_steps_match(steps, expected_logits(family), LOGITS[dtype])
 
