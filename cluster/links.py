@@ -11,10 +11,10 @@ import socket
 from collections import deque
 
 PING_EVERY_S = 5.0
-NUM_SILENT = 3  # so many pings without any frame, and the other side counts as lost; a loaded host may answer late
-_LENGTH_BYTES = 4
+NUM_SILENT = 4  # so many pings without any frame, and the other side counts as lost; a loaded host may answer late
+LENGTH_BYTES = 4
 _READ_BYTES = 1 << 16
-_PING = bytes(_LENGTH_BYTES)
+_PING = bytes(LENGTH_BYTES)
 
 
 class LinkLostError(ConnectionError):
@@ -43,10 +43,10 @@ class Link:
 
     def write(self, data: bytes) -> None:
         """Sends a frame that is not empty. Never blocks and never raises: who reads learns that the link is lost."""
-        self._write(len(data).to_bytes(_LENGTH_BYTES, "little") + data)
+        self._write(frame(data))
 
     async def drain(self) -> None:
-        """Returns once the other side has made room for all that was written, or the link is lost."""
+        """Returns once the other side has made room for all that was written, or the link is lost; one at a time."""
         if self._unsent and self._lost is None:
             self._drained = self._loop.create_future()
             await self._drained
@@ -102,29 +102,28 @@ class Link:
             self._lose("connection lost")
             return
         self._num_silent = 0
-        self._take_frames(self._buffer[:num_bytes])
+        self._received += memoryview(self._buffer)[:num_bytes]
+        self._take_frames(self._received)
         if self._frames:
             _wake(self._reader)
 
     def _take_frames(self, data: bytearray) -> None:
-        if self._received:
-            self._received += data
-            data = self._received
+        """Moves whole frames out of `data`; what is left stays where it is, however large its frame becomes."""
         start = 0
-        while start + _LENGTH_BYTES <= len(data):
-            end = start + _LENGTH_BYTES + int.from_bytes(data[start : start + _LENGTH_BYTES], "little")
+        while start + LENGTH_BYTES <= len(data):
+            end = start + LENGTH_BYTES + int.from_bytes(data[start : start + LENGTH_BYTES], "little")
             if end > len(data):
                 break
-            if end > start + _LENGTH_BYTES:
-                self._frames.append(bytes(data[start + _LENGTH_BYTES : end]))
+            if end > start + LENGTH_BYTES:
+                self._frames.append(bytes(data[start + LENGTH_BYTES : end]))
             elif not self._pings:
                 self._write(_PING)
             start = end
-        self._received = data[start:]
+        del data[:start]
 
     def _check(self) -> None:
         """Every few seconds: pings, and gives up a side that has not been heard of."""
-        if self._num_silent > NUM_SILENT:
+        if self._num_silent >= NUM_SILENT:
             self._lose(f"nothing came for {NUM_SILENT * self._ping_every_s:g} s")
             return
         self._num_silent += 1
@@ -150,17 +149,30 @@ def _wake(waiter: "asyncio.Future[None] | None") -> None:
         waiter.set_result(None)
 
 
+def frame(data: bytes) -> bytes:
+    """What is sent for `data`."""
+    return len(data).to_bytes(LENGTH_BYTES, "little") + data
+
+
 async def connect(address: str, socket_name: str, key: bytes, timeout_s: float) -> Link:
-    """A link to "host:port", over the abstract Unix socket of that name if it is on this host; sends the key first.
+    """A link to "host:port", over the abstract Unix socket of that name if it is on this host. The key goes there and
+    comes back: a connection alone does not tell who, if anybody, is at its other end.
 
     Raises OSError or TimeoutError.
     """
-    sock = _connect_local(socket_name)
-    if sock is None:
-        sock = await asyncio.wait_for(_connect_tcp(address), timeout_s)
-    link = Link(sock, pings=True)
-    link.write(key)
-    return link
+    async with asyncio.timeout(timeout_s):
+        sock = _connect_local(socket_name)
+        if sock is None:
+            sock = await _connect_tcp(address)
+        link = Link(sock, pings=True)
+        try:
+            link.write(key)
+            if await link.read() != key:
+                raise LinkLostError("the key did not come back")
+        except BaseException:
+            link.close()
+            raise
+        return link
 
 
 def _connect_local(name: str) -> socket.socket | None:

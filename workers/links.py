@@ -1,11 +1,14 @@
 """Plans over plain sockets: see "link" in `protos/worker.proto`."""
 
 import contextlib
+import io
 import logging
 import secrets
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from manta.protos import worker_pb2 as pb
 from manta.workers.failures import OrderError
@@ -15,13 +18,15 @@ logger = logging.getLogger(__name__)
 KEY_BYTES = 16
 _LENGTH_BYTES = 4
 _BACKLOG = 16
-_SILENT_S = 30.0  # the scheduler pings every few seconds
+_RETRY_S = 1.0
+_SILENT_S = 10.0  # the scheduler pings every few seconds
+_NUM_SILENT = 3  # so many times silent, and it counts as lost: not one long time, as this process may be stopped, too
 Serve = Callable[[Iterator[pb.StepPlan]], Iterator[pb.StepResult]]
 
 
 class LinkServer:
     """Listens on TCP and, where there are abstract sockets (Linux), on a Unix socket. Each connection that begins with
-    the key gets two threads: one reads its plans, one runs `serve` and writes the results.
+    the key, which is sent back, gets two threads: one reads its plans, one runs `serve` and writes the results.
 
     Raises OSError if nothing can be listened on.
     """
@@ -33,7 +38,7 @@ class LinkServer:
         self._connections: set[socket.socket] = set()
         self._closed = False
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        tcp = socket.create_server((host, 0), family=family, backlog=_BACKLOG)
+        tcp = socket.create_server((host.strip("[]"), 0), family=family, backlog=_BACKLOG)
         self.port: int = tcp.getsockname()[1]
         self._listeners = [tcp]
         self.socket_name = ""
@@ -64,12 +69,12 @@ class LinkServer:
         while True:
             try:
                 connection, _ = listener.accept()
-            except OSError:
+            except OSError as error:
                 if self._closed:
                     return
-                raise
-            if connection.family != socket.AF_UNIX:
-                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                logger.warning("could not accept a link: %s", error)  # most of all: too many open files
+                time.sleep(_RETRY_S)
+                continue
             threading.Thread(target=self._run, args=(connection,), name="link", daemon=True).start()
 
     def _run(self, connection: socket.socket) -> None:
@@ -78,12 +83,14 @@ class LinkServer:
                 connection.close()
                 return
             self._connections.add(connection)
-        connection.settimeout(_SILENT_S)
         try:
+            if connection.family != socket.AF_UNIX:
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             frames = _Frames(connection)
-            if not secrets.compare_digest(frames.read(), self.key):
+            if not frames.begin_with(self.key):
                 logger.warning("closed a link that did not begin with the key of Describe")
                 return
+            frames.write(self.key)
             for result in self._serve(frames.plans()):
                 frames.write(result.SerializeToString())
         except OSError:
@@ -98,18 +105,41 @@ class LinkServer:
             connection.close()
 
 
+class _PatientReader(io.RawIOBase):
+    """The bytes that come in. Raises TimeoutError when the connection's timeout has passed several times in a row."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._keeps_open = connection.makefile("rb", buffering=0)  # until nobody reads any more
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        for _ in range(_NUM_SILENT - 1):
+            with contextlib.suppress(TimeoutError):
+                return self._connection.recv_into(buffer)
+        return self._connection.recv_into(buffer)
+
+
 class _Frames:
     """Frames of one connection: one thread reads, any may write."""
 
     def __init__(self, connection: socket.socket) -> None:
+        connection.settimeout(_SILENT_S)
         self._connection = connection
-        self._stream = connection.makefile("rb")
+        self._stream = io.BufferedReader(_PatientReader(connection))
         self._lock = threading.Lock()  # held while a frame is written
 
     def write(self, data: bytes) -> None:
         frame = len(data).to_bytes(_LENGTH_BYTES, "little") + data
         with self._lock:
             self._connection.sendall(frame)
+
+    def begin_with(self, key: bytes) -> bool:
+        """Whether the first frame is the key. Takes nothing longer: it may be anybody's."""
+        length = self._stream.read(_LENGTH_BYTES)
+        return int.from_bytes(length, "little") == len(key) and secrets.compare_digest(self._stream.read(len(key)), key)
 
     def read(self) -> bytes:
         """The next frame that is not empty; an empty one is sent back. b"" when the other side has ended the link.

@@ -24,10 +24,10 @@ def main() -> None:
     signal.signal(signal.SIGINT, lambda *_: ended.set())
     if args.parent_pid is not None:
         watch_parent(args.parent_pid, on_death=ended.set)
-    server = WorkerServer(args.host, args.port)  # must be held: gRPC stops a server nobody refers to
     try:
+        server = WorkerServer(args.host, args.port)  # must be held: gRPC stops a server nobody refers to
         address = server.start()
-    except RuntimeError as error:
+    except (OSError, RuntimeError) as error:
         print(f"MANTA_ERROR worker cannot listen on {args.host}:{args.port}: {error}", flush=True)
         sys.exit(1)
     if args.address_file is not None:

@@ -31,6 +31,8 @@ SERVER_OPTIONS = (
 class WorkerServer:
     """Serves one rank. `host` is the address it binds and tells the other ranks; port 0 takes a free one.
 
+    Raises OSError if this machine has no such address.
+
     Whoever holds it may call its methods from any thread: the work itself has its own.
     """
 

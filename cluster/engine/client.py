@@ -7,6 +7,7 @@ from typing import Protocol, TypeVar
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 
 from manta.cluster.engine.streams import StreamTable, run_request
 from manta.cluster.engine.types import (
@@ -131,6 +132,8 @@ class EngineClient:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
+        if self._stream is not None:
+            self._stream.close()  # the task has done it unless it had not begun
         await self._channel.close()
         self._lose("the client was closed")
 
@@ -189,3 +192,5 @@ class EngineClient:
             return str(error.details() or error.code().name)
         except LinkLostError as error:
             return str(error)
+        except (DecodeError, ValueError) as error:
+            return f"it sent what is no message ({error})"

@@ -1,6 +1,9 @@
 """One epoch of a replica: a stream of plans to every rank, results from one of them, errors from any."""
 
+import asyncio
+
 import grpc.aio
+from google.protobuf.message import DecodeError
 
 from manta.cluster.engine.codec import Reply, decode_reply
 from manta.cluster.engine.workers import WorkerError, WorkerGroup
@@ -18,16 +21,17 @@ class EpochStreams:
 
     @classmethod
     async def open(cls, group: WorkerGroup) -> "EpochStreams":
-        opened: list[Stream] = []
+        """All ranks at once: one whose link cannot be reached takes seconds to go over gRPC."""
+        opening = [asyncio.create_task(group.open_run(rank)) for rank in range(len(group.addresses))]
         try:
-            for rank in range(len(group.addresses)):
-                stream = await group.open_run(rank)
-                opened.append(stream)
+            return cls(group, list(await asyncio.gather(*opening)))
         except BaseException:
-            for stream in opened:
-                stream.close()
+            for task in opening:
+                task.cancel()
+            for stream in await asyncio.gather(*opening, return_exceptions=True):
+                if not isinstance(stream, BaseException):
+                    stream.close()
             raise
-        return cls(group, opened)
 
     def send(self, plan: bytes) -> None:
         """Writes the same bytes to every rank; does not block."""
@@ -55,7 +59,10 @@ class EpochStreams:
             raise self._group.error(rank, error) from None
         except LinkLostError as error:
             raise self._failure(rank, f"the process does not answer ({error})") from None
-        reply = decode_reply(message)
+        try:
+            reply = decode_reply(message)
+        except (DecodeError, ValueError) as error:
+            raise self._failure(rank, f"sent what is no result ({error})") from None
         if reply.error:
             raise self._failure(rank, reply.error)
         return reply

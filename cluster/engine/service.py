@@ -7,6 +7,7 @@ from typing import Any
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 
 from manta.cluster.engine.engine import Engine
 from manta.cluster.engine.frontend import Frontend, SlowFrontendError
@@ -75,7 +76,7 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         try:
             while True:
                 self._take(frontend, pb.FrontendMessage.FromString(await link.read()))
-        except ValueError as error:
+        except (DecodeError, ValueError) as error:
             link.write(pb.EngineMessage(error=str(error)).SerializeToString())
         finally:
             writer.cancel()

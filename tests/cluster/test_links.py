@@ -162,10 +162,8 @@ def test_a_listener_takes_those_with_the_key(local: bool) -> None:
         link.write(b"hello")
         assert await link.read() == b"hello"
         for key in (b"x" * len(listener.key), b"short", listener.key + b"x"):
-            stranger = await connect(address, name, key, timeout_s=5.0)
-            stranger.write(b"hello")
             with pytest.raises(LinkLostError):
-                await stranger.read()
+                await connect(address, name, key, timeout_s=5.0)
         link.write(b"again")
         assert await link.read() == b"again"
         await listener.stop(None)
@@ -205,6 +203,63 @@ def test_a_name_of_another_host_falls_back_to_the_port() -> None:
         link.write(b"hello")
         assert await link.read() == b"hello"
         link.close()
+        await listener.stop(None)
+
+    run(test())
+
+
+def test_what_is_no_key_is_not_waited_for() -> None:
+    async def test() -> None:
+        listener = LinkListener("127.0.0.1", echo)
+        listener.start()
+        loop = asyncio.get_running_loop()
+        for start in (b"GET / HTTP/1.1\r\n", b"\0\0\0\0", b"\xff\xff\xff\xff"):
+            with socket.create_connection(("127.0.0.1", listener.port)) as stranger:
+                stranger.setblocking(False)
+                await loop.sock_sendall(stranger, start)
+                with contextlib.suppress(ConnectionResetError):
+                    assert await loop.sock_recv(stranger, 100) == b""
+        await listener.stop(None)
+
+    run(test())
+
+
+def test_a_port_where_nobody_answers_is_no_link() -> None:
+    async def test() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            address = f"127.0.0.1:{silent.getsockname()[1]}"
+            with pytest.raises(TimeoutError):
+                await connect(address, "", bytes(16), timeout_s=0.1)
+            silent.settimeout(20.0)
+            accepted, _ = silent.accept()
+            with accepted:
+                accepted.settimeout(20.0)
+                assert accepted.recv(100) == frame(bytes(16))
+                assert accepted.recv(100) == b""  # given up, not left open
+
+    run(test())
+
+
+def test_a_listener_outlives_a_failed_accept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the process has too many files open."""
+    monkeypatch.setattr("manta.cluster.link_listener._RETRY_S", 0.01)
+
+    async def test() -> None:
+        loop = asyncio.get_running_loop()
+        accept, failures = loop.sock_accept, [OSError(24, "Too many open files")] * 2
+
+        async def accept_at_last(sock: socket.socket) -> object:
+            if failures:
+                raise failures.pop()
+            return await accept(sock)
+
+        monkeypatch.setattr(loop, "sock_accept", accept_at_last)
+        listener = LinkListener("127.0.0.1", echo)
+        listener.start()
+        for name in ("", listener.socket_name):
+            link = await connect(f"127.0.0.1:{listener.port}", name, listener.key, timeout_s=20.0)
+            link.close()
+        assert not failures
         await listener.stop(None)
 
     run(test())

@@ -246,7 +246,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         end_s = time.perf_counter()
         result.device_us = int((end_s - start_s) * 1e6)
         result.queue_us = int((start_s - waiting.arrived_s) * 1e6)
-        result.idle_us = int((start_s - self._idle_from_s) * 1e6)
+        result.idle_us = max(int((start_s - self._idle_from_s) * 1e6), 0)  # plans of two epochs may overlap
         self._idle_from_s = end_s
         self._num_queued -= 1
         return result

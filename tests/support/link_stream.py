@@ -17,6 +17,7 @@ class LinkStream:
             self._socket = socket.create_connection(("127.0.0.1", port))
         self._socket.settimeout(DEADLINE_S)
         self.send_frame(key)
+        self.is_taken = self.receive_frame() == key != b""  # the key comes back
 
     def send(self, plan: pb.StepPlan) -> None:
         self.send_frame(plan.SerializeToString())

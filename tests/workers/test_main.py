@@ -86,3 +86,14 @@ def test_says_when_its_port_is_taken() -> None:
     first.stdout.close()
     assert second.returncode == 1
     assert second.stdout.startswith(f"MANTA_ERROR worker cannot listen on 127.0.0.1:{port}")
+
+
+@pytest.mark.parametrize("host", ["203.0.113.1", "no.such.host.invalid"])
+def test_says_when_it_has_no_such_address(host: str) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-m", "manta.workers.main", "--host", host],
+        capture_output=True, text=True, timeout=DEADLINE_S, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 1
+    assert ended.stdout.startswith(f"MANTA_ERROR worker cannot listen on {host}:0")
+    assert ended.stdout.count("\n") == 1

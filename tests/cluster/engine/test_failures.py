@@ -1,11 +1,13 @@
 """What clients see when workers, frontends or the engine fail."""
 
 import asyncio
+import socket
 
 import pytest
 
 from manta.cluster.engine.client import EngineClient, EngineLostError
 from manta.cluster.engine.types import DrainingError, UnavailableError
+from manta.cluster.links import LinkLostError, connect
 from manta.protos import engine_pb2
 from manta.protos import worker_pb2 as pb
 from tests.support.fake_deployment import collect, fake_config, fake_deployment, request, run, until
@@ -136,7 +138,8 @@ def test_a_stalled_worker_does_not_hang_the_engine(transport: Transport) -> None
 
 
 @pytest.mark.parametrize("transport", ["grpc", "unix"])
-def test_a_wrong_answer_ends_the_epoch(transport: Transport) -> None:
+@pytest.mark.parametrize("nonsense", [b"\1\0\0\0", b"\1"], ids=["a token too many", "half a token"])
+def test_a_wrong_answer_ends_the_epoch(transport: Transport, nonsense: bytes) -> None:
     class Babbler(FakeWorker):
         babble = True
 
@@ -144,7 +147,7 @@ def test_a_wrong_answer_ends_the_epoch(transport: Transport) -> None:
             result = await super()._step(plan)
             if self.babble and plan.step == 5:
                 self.babble = False
-                result.tokens += b"\1\0\0\0"
+                result.tokens += nonsense
             return result
 
     async def test() -> None:
@@ -196,6 +199,86 @@ def test_a_frontend_that_does_not_read_is_cut_off() -> None:
             await reader.close()
 
     run(test())
+
+
+def test_an_engine_that_sends_nonsense_counts_as_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Nonsense:
+        def SerializeToString(self) -> bytes:
+            return b"\xff\xff\xff"
+
+    async def take() -> Nonsense:
+        return Nonsense()
+
+    async def test() -> None:
+        async with fake_deployment() as deployment:
+            (frontend,) = deployment.engine._publisher._frontends.values()
+            monkeypatch.setattr(frontend, "take", take)
+            with pytest.raises(EngineLostError, match="what is no message"):
+                await collect(deployment.client.generate(request([1], 400)))
+            await until(lambda: deployment.client.connected, "the client connects again")
+            tokens, _ = await collect(deployment.client.generate(request([1], 5)))
+            assert tokens == fake_tokens([1], 5, seed=0)
+
+    run(test())
+
+
+@pytest.mark.parametrize("message", ["nonsense", "handle in use"])
+def test_a_frontend_that_sends_nonsense_ends_alone(message: str) -> None:
+    async def test() -> None:
+        async with fake_deployment(make_worker=lambda: FakeWorker(step_s=0.01)) as deployment:
+            running = asyncio.create_task(collect(deployment.client.generate(request([1], 50))))
+            info = await deployment.client.info()
+            link = await connect(f"127.0.0.1:{info.link_port}", info.link_socket, info.link_key, timeout_s=20.0)
+            submit = engine_pb2.Submit(handle=7, prompt_tokens=b"\1\0\0\0", max_tokens=400)
+            first = engine_pb2.FrontendMessage(submit=submit).SerializeToString()
+            link.write(first)
+            link.write(b"\xff\xff\xff" if message == "nonsense" else first)
+            error = ""
+            while not error:
+                error = engine_pb2.EngineMessage.FromString(await link.read()).error
+            assert ("handle 7 is in use" in error) == (message != "nonsense")
+            with pytest.raises(LinkLostError):
+                await link.read()
+            tokens, _ = await running
+            assert tokens == fake_tokens([1], 50, seed=0)
+            await deployment.settled()
+
+    run(test())
+
+
+def test_a_client_closed_at_once_leaves_nothing_behind() -> None:
+    async def test() -> None:
+        async with fake_deployment() as deployment:
+            frontends = deployment.engine._publisher._frontends
+            client = await EngineClient.connect(deployment.address)
+            await until(lambda: len(frontends) == 2, "the engine knows it")
+            await client.close()
+            await until(lambda: len(frontends) == 1, "the engine has forgotten it")
+            client = await EngineClient.connect(deployment.address)
+            await client.close()
+            await until(lambda: len(frontends) == 1, "the engine has forgotten it")
+
+    run(test())
+
+
+def test_where_links_reach_nobody_plans_go_over_grpc(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A port that is forwarded to somebody else takes connections, too."""
+    monkeypatch.setattr("manta.cluster.streams._CONNECT_TIMEOUT_S", 0.1)
+
+    class Elsewhere(FakeWorker):
+        async def Describe(self, request: pb.DescribeRequest, context: object) -> pb.DescribeResponse:
+            response = await super().Describe(request, context)
+            response.link_port, response.link_socket = silent.getsockname()[1], ""
+            return response
+
+    async def test() -> None:
+        async with fake_deployment(fake_config(tensor_parallel_size=2), make_worker=Elsewhere) as deployment:
+            tokens, _ = await collect(deployment.client.generate(request([1], 20)))
+            assert tokens == fake_tokens([1], 20, seed=0)
+            assert b'manta:failovers_total{engine="0",model_name="fake"} 0.0' in deployment.engine.metrics_text()
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        run(test())
 
 
 def test_half_a_token_is_refused_and_holds_nothing() -> None:
