@@ -32,7 +32,7 @@ class ServeConfig(BaseModel):
     )
     seed: int = option(0, "Model", "seed of random weights and of unseeded requests' seeds", ge=0, le=2**32 - 1)
     chat_template: str | None = option(None, "Model", "jinja file or text used instead of the tokenizer's own")
-    enforce_eager: bool = option(False, "Model", "run without CUDA graphs, as every step does so far")
+    enforce_eager: bool = option(False, "Model", "launch decode steps operation by operation, without CUDA graphs")
 
     tensor_parallel_size: int = option(1, "Parallelism", "ranks that split every layer", short="tp", ge=1, le=64)
     pipeline_parallel_size: int = option(1, "Parallelism", "stages that split the layers", short="pp", ge=1, le=64)

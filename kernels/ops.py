@@ -23,6 +23,7 @@ from manta.kernels import (
     rope_kv_write_cpu,
     sample_cpu,
     silu_mul_cpu,
+    step_tensors,
 )
 from manta.kernels.cpu_decoder import layout, memory
 from manta.kernels.metadata import AttentionMetadata
@@ -36,6 +37,11 @@ def _gpu() -> ModuleType:
     from manta.kernels import gpu_ops
 
     return gpu_ops
+
+
+def has_gpu_kernels() -> bool:
+    """Whether steps on a GPU launch nothing that waits for the device, as CUDA graphs need it."""
+    return find_spec("triton") is not None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -93,6 +99,30 @@ def make_linear(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tenso
     if weight.is_cpu:
         return linear_cpu.make_linear(weight, bias)
     return lambda x: F.linear(x, weight, bias)
+
+
+def build_inputs(
+    columns: step_tensors.SlotColumns,
+    slots: Tensor,
+    query_start: Tensor,
+    block_size: int,
+    out: step_tensors.StepInputs,
+) -> None:
+    """Fills `out` for a step whose row r computes the tokens query_start[r] : query_start[r + 1] of slots[r]."""
+    form = step_tensors if slots.is_cpu or not has_gpu_kernels() else _gpu()
+    form.build_inputs(columns, slots, query_start, block_size, out)
+
+
+def advance(
+    columns: step_tensors.SlotColumns,
+    slots: Tensor,
+    query_start: Tensor,
+    out: step_tensors.StepInputs,
+    sampled: Tensor,
+) -> None:
+    """Moves the columns to where such a step leaves them; sampled: int64 [R], by row."""
+    form = step_tensors if slots.is_cpu or not has_gpu_kernels() else _gpu()
+    form.advance(columns, slots, query_start, out, sampled)
 
 
 def argmax(logits: Tensor) -> Tensor:

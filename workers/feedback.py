@@ -7,10 +7,8 @@ import numpy as np
 from torch import Tensor
 
 from manta.protos.worker_pb2 import StepPlan
-from manta.workers.batch import Batch
 from manta.workers.columns import Ints
 from manta.workers.mesh import Mesh
-from manta.workers.slot_table import Rows
 from manta.workers.token_table import TokenTable
 
 
@@ -34,9 +32,10 @@ class Feedback:
         self._tokens = tokens
         self._outstanding: deque[_Outstanding] = deque()
 
-    def expect(self, lane: int, rows: Rows, batch: Batch) -> None:
-        """The last stage will send the tokens of this step."""
-        self._outstanding.append(_Outstanding(lane, rows.sampled_slots, batch.sampled_slots, batch.sampled_positions))
+    def expect(self, lane: int, host_slots: Ints, slots: Tensor, positions: Tensor) -> None:
+        """The last stage will send the tokens of this step: of these slots, on the host and int64 [N] on the device, at
+        these positions, int64 [N]."""
+        self._outstanding.append(_Outstanding(lane, host_slots, slots, positions))
 
     def receive_for(self, plan: StepPlan) -> None:
         """Before the plan is applied: takes in what the plan's lane computes on, and what else would

@@ -13,13 +13,15 @@ from manta.configs.model import ModelSpec, read_model_spec
 from manta.configs.schema import ServeConfig
 from manta.kernels import ops
 from manta.workers.capacity import GpuMemory, num_cpu_blocks, num_gpu_blocks
+from manta.workers.decode_graphs import CudaRecorder
 from manta.workers.host_cores import num_cores
 from manta.workers.host_memory import available_memory_bytes
 from manta.workers.limits import Limits
 from manta.workers.loader import load_model, resolve_model_folder
 from manta.workers.mesh import Mesh, connect_mesh
+from manta.workers.model import HiddenShape
 from manta.workers.models.decoder import CausalLM, allocate_kv_cache
-from manta.workers.runner import HiddenShape, Runner
+from manta.workers.runner import Runner
 from manta.workers.warmup import run_largest_step, run_small_steps
 from manta.workers.weights import weight_names, weight_slice
 
@@ -75,7 +77,9 @@ class LoadedRank:
             max_model_len=_max_model_len(config, spec),
             vocab_size=spec.vocab_size,
         )
-        runner = Runner(self.model, self.mesh, kv_cache, limits, hidden)
+        on_device = self.mesh.device.type == "cuda" and ops.has_gpu_kernels()
+        record = CudaRecorder() if on_device and not config.enforce_eager else None
+        runner = Runner(self.model, self.mesh, kv_cache, limits, hidden, on_device=on_device, record=record)
         gc.collect()
         gc.freeze()  # what lives now lives for good: the collector need not look at it during steps
         return runner

@@ -1,41 +1,24 @@
-"""Runs steps: batch, model, sampler, cache, in this order, and passes states and tokens between stages."""
-
-from dataclasses import dataclass
-from typing import Protocol
+"""Runs steps: the plan, the slots, the layers, the tokens, in this order."""
 
 import torch
 from torch import Tensor
 
-from manta.kernels.metadata import AttentionMetadata, KVCache
+from manta.kernels.metadata import KVCache
 from manta.protos.worker_pb2 import StepPlan
-from manta.workers.batch import Batch, build_batch
 from manta.workers.block_copy import copy_blocks
 from manta.workers.clock import Reading, StepTime, make_clock
+from manta.workers.decode_graphs import Record
+from manta.workers.device_slots import DeviceSlots
+from manta.workers.device_steps import DeviceSteps
 from manta.workers.feedback import Feedback
+from manta.workers.host_steps import HostSteps
 from manta.workers.limits import Limits
 from manta.workers.mesh import Mesh
+from manta.workers.model import HiddenShape, Model
 from manta.workers.sampler import Sampler
 from manta.workers.sampling_table import SamplingTable
-from manta.workers.slot_table import Rows, SlotTable
+from manta.workers.slot_table import SlotChanges, SlotTable
 from manta.workers.token_table import TokenTable
-
-
-class Model(Protocol):
-    """What the runner needs of a model; `models.decoder.CausalLM` is one."""
-
-    def __call__(
-        self, x: Tensor, metadata: AttentionMetadata, kv_cache: KVCache, sampled: Tensor | None = None
-    ) -> Tensor: ...
-
-    def logits(self, hidden: Tensor) -> Tensor: ...
-
-
-@dataclass(frozen=True, slots=True)
-class HiddenShape:
-    """What travels between stages: rows of `size` values."""
-
-    size: int
-    dtype: torch.dtype
 
 
 class Step:
@@ -60,18 +43,40 @@ class Runner:
     One thread calls it. Only counts are known on the host, so on a GPU `run` returns when the step is launched.
     """
 
-    def __init__(self, model: Model, mesh: Mesh, kv_cache: KVCache, limits: Limits, hidden: HiddenShape) -> None:
-        self._model = model
+    def __init__(
+        self,
+        model: Model,
+        mesh: Mesh,
+        kv_cache: KVCache,
+        limits: Limits,
+        hidden: HiddenShape,
+        *,
+        on_device: bool = False,
+        record: Record | None = None,
+    ) -> None:
+        """on_device: whether the device builds its own inputs; `record` then makes recordings of decode steps."""
         self._mesh = mesh
         self._kv_cache = kv_cache
-        self._limits = limits
-        self._hidden = hidden
-        self._tokens = TokenTable(mesh.device)
+        changes = SlotChanges() if on_device else None
+        if on_device:
+            tokens = TokenTable(mesh.device, limits.max_num_slots, limits.max_model_len)
+        else:
+            tokens = TokenTable(mesh.device)
         sampling = SamplingTable(limits.vocab_size)
-        self._slots = SlotTable(limits, self._tokens, sampling)
-        self._sampler = Sampler(sampling, self._tokens)
-        self._feedback = Feedback(mesh, self._tokens)
+        self._slots = SlotTable(limits, tokens, sampling, changes)
+        self._feedback = Feedback(mesh, tokens)
         self._clock = make_clock(mesh.device)
+        sampler = Sampler(sampling, tokens)
+        self._steps: HostSteps | DeviceSteps
+        if changes is None:
+            self._steps = HostSteps(
+                model, mesh, kv_cache, limits, hidden, self._slots, tokens, sampler, self._feedback, self._clock
+            )
+        else:
+            device_slots = DeviceSlots(limits, tokens, mesh.device)
+            self._steps = DeviceSteps(
+                model, mesh, kv_cache, limits, hidden, changes, device_slots, sampler, self._feedback, record
+            )
 
     @property
     def is_output_rank(self) -> bool:
@@ -93,36 +98,9 @@ class Runner:
             self._feedback.receive_for(plan)
         rows = self._slots.apply(plan)
         copy_blocks(plan, self._kv_cache)
-        tokens = self._compute(plan.lane, rows) if rows.slots.size else None
+        self._steps.prepare()
+        tokens = self._steps.compute(plan.lane, rows) if rows.slots.size else None
         return Step(_on_host(tokens), self._clock.end())
-
-    def _compute(self, lane: int, rows: Rows) -> Tensor | None:
-        """This stage's layers over the rows. Returns the sampled ids int64 [N] on the last stage, None elsewhere."""
-        mesh = self._mesh
-        batch = build_batch(rows, self._slots, self._limits.block_size, mesh.device)
-        sampled = batch.sampled_tokens if mesh.is_last_stage else None
-        hidden = self._model(self._inputs(batch), batch.metadata, self._kv_cache, sampled)
-        if not mesh.is_last_stage:
-            mesh.send_hidden(hidden)
-            if mesh.is_first_stage and rows.sampled.size:
-                self._feedback.expect(lane, rows, batch)
-            return None
-        if not rows.sampled.size:
-            return None
-        logits = self._model.logits(hidden)
-        tokens = self._sampler.sample(logits, rows.sampled_slots, rows.sampled_positions)
-        self._tokens.put(batch.sampled_slots, batch.sampled_positions, tokens)
-        if not mesh.is_first_stage:
-            mesh.send_tokens(tokens)
-        return tokens
-
-    def _inputs(self, batch: Batch) -> Tensor:
-        """Token ids int64 [T] on the first stage, hidden states [T, hidden] on the others."""
-        positions = batch.metadata.positions
-        if self._mesh.is_first_stage:
-            return self._tokens.gather(batch.token_slots, positions)
-        with self._clock.waiting():
-            return self._mesh.recv_hidden(positions.shape[0], self._hidden.size, self._hidden.dtype)
 
 
 def _on_host(tokens: Tensor | None) -> Tensor | None:

@@ -4,7 +4,7 @@
 depends on counts, never on token values, so the host can prepare the next step while the device computes this one.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -13,6 +13,20 @@ from manta.workers.columns import Ints, PlanError, decode_int32, decode_pairs, d
 from manta.workers.limits import Limits
 from manta.workers.sampling_table import SamplingTable
 from manta.workers.token_table import TokenTable
+
+
+@dataclass(slots=True)
+class SlotChanges:
+    """What plans have changed since somebody last took it."""
+
+    added: list[tuple[int, int, int]] = field(default_factory=list)  # slot, tokens known, tokens computed
+    blocks: list[tuple[Ints, Ints, Ints]] = field(default_factory=list)  # slots, places in their tables, blocks
+
+    def take(self) -> "SlotChanges":
+        """All of it; nothing is left."""
+        taken = SlotChanges(self.added, self.blocks)
+        self.added, self.blocks = [], []
+        return taken
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +54,11 @@ class Rows:
         """int64 [N]: where the sampled tokens go in their sequences."""
         return self.seq_lens[self.sampled]
 
+    @property
+    def only_decode(self) -> bool:
+        """Whether every row computes one token and samples one."""
+        return self.num_decodes == self.slots.size
+
 
 class SlotTable:
     """Slots, their sequences and block tables. The only writer of its columns; read them, do not change them.
@@ -47,10 +66,14 @@ class SlotTable:
     Columns grow with the highest slot in use. `block_table` is int32 [slots, blocks], padded with 0.
     """
 
-    def __init__(self, limits: Limits, tokens: TokenTable, sampling: SamplingTable) -> None:
+    def __init__(
+        self, limits: Limits, tokens: TokenTable, sampling: SamplingTable, changes: SlotChanges | None = None
+    ) -> None:
+        """`changes` are noted for whoever keeps a copy of the columns."""
         self._limits = limits
         self._tokens = tokens
         self._sampling = sampling
+        self._changes = changes
         self.clear()
 
     def clear(self) -> None:
@@ -114,6 +137,8 @@ class SlotTable:
         self.max_length[slot] = add.max_length
         self.num_blocks[slot] = 0
         self.block_table[slot] = 0
+        if self._changes is not None:
+            self._changes.added.append((slot, tokens.size, add.num_computed))
         self._append_blocks(np.full(blocks.size, slot), blocks)
         self._tokens.reserve(slot + 1, tokens.size)
         self._tokens.write(slot, tokens)
@@ -150,6 +175,8 @@ class SlotTable:
             wider[:, : self.block_table.shape[1]] = self.block_table
             self.block_table = wider
         self.block_table[slots, index] = blocks
+        if self._changes is not None:
+            self._changes.blocks.append((slots, index, blocks))
         self.num_blocks[slots] = index + 1  # the last of equal slots has the largest index and is written last
 
     def _rows(self, plan: StepPlan) -> Rows:

@@ -14,11 +14,12 @@ MIN_LENGTH = 256
 class TokenTable:
     """Token ids by slot and position, on the device: sampled tokens go in without the host seeing them.
 
-    Grows by doubling in both directions; what was never written is 0.
+    Grows by doubling in both directions; what was never written is 0. A table as large as it will ever be needed never
+    moves.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._ids = torch.zeros(MIN_SLOTS, MIN_LENGTH, dtype=torch.int32, device=device)
+    def __init__(self, device: torch.device, num_slots: int = MIN_SLOTS, length: int = MIN_LENGTH) -> None:
+        self._ids = torch.zeros(num_slots, length, dtype=torch.int32, device=device)
 
     @property
     def ids(self) -> Tensor:

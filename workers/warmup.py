@@ -8,7 +8,7 @@ from manta.configs.schema import ServeConfig
 from manta.kernels.metadata import AttentionMetadata, KVCache
 from manta.protos.sampling_pb2 import Sampling
 from manta.workers.mesh import Mesh
-from manta.workers.runner import HiddenShape, Model
+from manta.workers.model import HiddenShape, Model
 from manta.workers.sampler import Sampler
 from manta.workers.sampling_table import SamplingTable
 from manta.workers.token_table import TokenTable

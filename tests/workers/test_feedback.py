@@ -49,7 +49,7 @@ class FirstStage:
         if not rows.slots.size:
             return []
         batch = build_batch(rows, self.slots, LIMITS.block_size, CPU)
-        self.feedback.expect(plan.lane, rows, batch)
+        self.feedback.expect(plan.lane, rows.sampled_slots, batch.sampled_slots, batch.sampled_positions)
         return self.tokens.gather(batch.token_slots, batch.metadata.positions).tolist()
 
 

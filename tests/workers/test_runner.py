@@ -7,7 +7,8 @@ from torch import Tensor
 
 from manta.workers.limits import Limits
 from manta.workers.mesh import Mesh
-from manta.workers.runner import HiddenShape, Runner
+from manta.workers.model import HiddenShape
+from manta.workers.runner import Runner
 from tests.support.plans import seq_add, step_plan
 
 HIDDEN = HiddenShape(size=2, dtype=torch.float32)

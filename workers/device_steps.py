@@ -1,0 +1,151 @@
+"""Steps whose inputs the device builds from its own columns of the slots. The host names the rows and launches; it
+knows counts and never waits. Steps in which everyone decodes are replayed from recordings, if there are any."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from manta.kernels import ops
+from manta.kernels.metadata import AttentionMetadata, KVCache
+from manta.workers.columns import Ints
+from manta.workers.decode_graphs import DecodeGraph, DecodeGraphs, Record, graph_sizes
+from manta.workers.device_slots import DeviceSlots
+from manta.workers.feedback import Feedback
+from manta.workers.limits import Limits
+from manta.workers.mesh import Mesh
+from manta.workers.model import HiddenShape, Model
+from manta.workers.sampler import Sampler
+from manta.workers.slot_table import Rows, SlotChanges
+from manta.workers.step_buffers import StepBuffers
+from manta.workers.transfer import upload
+
+
+class DeviceSteps:
+    """This stage's layers over the rows of a step."""
+
+    def __init__(
+        self,
+        model: Model,
+        mesh: Mesh,
+        kv_cache: KVCache,
+        limits: Limits,
+        hidden: HiddenShape,
+        changes: SlotChanges,
+        slots: DeviceSlots,
+        sampler: Sampler,
+        feedback: Feedback,
+        record: Record | None,
+    ) -> None:
+        """Without `record` every step is launched operation by operation."""
+        self._model = model
+        self._mesh = mesh
+        self._kv_cache = kv_cache
+        self._limits = limits
+        self._changes = changes
+        self._slots = slots
+        self._sampler = sampler
+        self._feedback = feedback
+        self._hidden: Tensor | None = None
+        if not mesh.is_first_stage:
+            shape = (limits.max_num_batched_tokens, hidden.size)
+            self._hidden = torch.zeros(shape, dtype=hidden.dtype, device=mesh.device)
+        num_rows = min(limits.max_num_batched_tokens, limits.max_num_slots)
+        self._buffers = StepBuffers.empty(
+            limits.max_num_batched_tokens, num_rows, limits.max_blocks_per_seq, self._hidden, mesh.device
+        )
+        self._graphs: DecodeGraphs | None = None
+        if record is not None:
+            with torch.inference_mode():
+                self._graphs = DecodeGraphs(
+                    graph_sizes(limits.max_num_seqs), self._decode_buffers, self._decode, record
+                )
+
+    def prepare(self) -> None:
+        """Brings the device's columns up to date with the plan that was just applied; before every step."""
+        self._slots.apply(self._changes.take())
+
+    def compute(self, lane: int, rows: Rows) -> Tensor | None:
+        """Returns the sampled ids int64 [N] on the last stage, None elsewhere."""
+        graph = self._graphs.fitting(rows.slots.size) if self._graphs is not None and rows.only_decode else None
+        if graph is not None:
+            return self._finish(lane, rows, graph.buffers, self._replay(rows, graph))
+        buffers, metadata = self._fill(rows)
+        out = self._forward(buffers, metadata)
+        if self._mesh.is_last_stage:
+            if not rows.sampled.size:
+                return self._finish(lane, rows, buffers, None)
+            last = buffers.inputs.last_tokens
+            if rows.sampled.size < rows.slots.size:
+                last = last[upload([rows.sampled], self._mesh.device)[0]]
+            out = self._model.logits(out[last])
+        return self._finish(lane, rows, buffers, out)
+
+    def _decode_buffers(self, num_rows: int) -> StepBuffers:
+        return StepBuffers.for_decode(num_rows, self._limits.max_blocks_per_seq, self._hidden, self._mesh.device)
+
+    def _decode(self, buffers: StepBuffers) -> Tensor:
+        """What is recorded: from slots to logits [R, vocab] on the last stage, to hidden states [R, hidden] before."""
+        limits = self._limits
+        metadata = buffers.metadata(buffers.slots.shape[0], 1, limits.max_model_len, limits.block_size)
+        out = self._forward(buffers, metadata)
+        return self._model.logits(out) if self._mesh.is_last_stage else out
+
+    def _forward(self, buffers: StepBuffers, metadata: AttentionMetadata) -> Tensor:
+        inputs = buffers.inputs
+        ops.build_inputs(self._slots.columns, buffers.slots, buffers.query_start, self._limits.block_size, inputs)
+        x = inputs.token_ids if buffers.hidden is None else buffers.hidden
+        return self._model(x, metadata, self._kv_cache)
+
+    def _replay(self, rows: Rows, graph: DecodeGraph) -> Tensor:
+        """Logits or hidden states of the rows that are there."""
+        buffers, num_rows = graph.buffers, rows.slots.size
+        graph.set_slots(rows.slots)
+        self._receive(buffers, num_rows)
+        return graph.replay()[:num_rows]
+
+    def _fill(self, rows: Rows) -> tuple[StepBuffers, AttentionMetadata]:
+        num_tokens, num_rows = int(rows.num_tokens.sum()), rows.slots.size
+        longest, block_size = int(rows.seq_lens.max()), self._limits.block_size
+        buffers = self._buffers.first(num_tokens, num_rows, -(-longest // block_size))
+        query_start = np.zeros(num_rows + 1, np.int32)
+        np.cumsum(rows.num_tokens, out=query_start[1:])
+        slots, starts = upload([rows.slots.astype(np.int32), query_start], self._mesh.device)
+        buffers.slots.copy_(slots)
+        buffers.query_start.copy_(starts)
+        self._receive(buffers, num_tokens)
+        return buffers, buffers.metadata(rows.num_decodes, int(rows.num_tokens.max()), longest, block_size)
+
+    def _receive(self, buffers: StepBuffers, num_tokens: int) -> None:
+        """The hidden states of the stage before."""
+        if buffers.hidden is not None:
+            hidden = buffers.hidden[:num_tokens]
+            hidden.copy_(self._mesh.recv_hidden(num_tokens, hidden.shape[1], hidden.dtype))
+
+    def _finish(self, lane: int, rows: Rows, buffers: StepBuffers, out: Tensor | None) -> Tensor | None:
+        """Samples or passes on, and moves the device's columns to where the step leaves them."""
+        mesh, num_rows = self._mesh, rows.slots.size
+        tokens = None
+        if not mesh.is_last_stage:
+            assert out is not None
+            mesh.send_hidden(out.clone())  # the buffers behind it are the next step's
+            if mesh.is_first_stage and rows.sampled.size:
+                slots, positions = upload([rows.sampled_slots, rows.sampled_positions], mesh.device)
+                self._feedback.expect(lane, rows.sampled_slots, slots, positions)
+        elif out is not None:
+            tokens = self._sampler.sample(out, rows.sampled_slots, rows.sampled_positions)
+            if not mesh.is_first_stage:
+                mesh.send_tokens(tokens)
+        part = buffers.first(buffers.inputs.token_ids.shape[0], num_rows, buffers.inputs.block_tables.shape[1])
+        by_row = _by_row(tokens, rows.sampled, num_rows, mesh.device)
+        ops.advance(self._slots.columns, part.slots, part.query_start, part.inputs, by_row)
+        return tokens
+
+
+def _by_row(tokens: Tensor | None, sampled: Ints, num_rows: int, device: torch.device) -> Tensor:
+    """int64 [R]: the tokens of the rows that sample; 0 for others, and for all where they come later."""
+    if tokens is not None and sampled.size == num_rows:
+        return tokens
+    by_row = torch.zeros(num_rows, dtype=torch.int64, device=device)
+    if tokens is not None:
+        by_row[upload([sampled], device)[0]] = tokens
+    return by_row
