@@ -102,13 +102,14 @@ class Link:
             self._lose("connection lost")
             return
         self._num_silent = 0
-        self._received += memoryview(self._buffer)[:num_bytes]
-        self._take_frames(self._received)
+        self._take_frames(self._buffer[:num_bytes])
         if self._frames:
             _wake(self._reader)
 
     def _take_frames(self, data: bytearray) -> None:
-        """Moves whole frames out of `data`; what is left stays where it is, however large its frame becomes."""
+        if self._received:
+            self._received += data
+            data = self._received
         start = 0
         while start + LENGTH_BYTES <= len(data):
             end = start + LENGTH_BYTES + int.from_bytes(data[start : start + LENGTH_BYTES], "little")
@@ -119,7 +120,8 @@ class Link:
             elif not self._pings:
                 self._write(_PING)
             start = end
-        del data[:start]
+        del data[:start]  # not a copy of what is left: a large frame comes in thousands of pieces
+        self._received = data
 
     def _check(self) -> None:
         """Every few seconds: pings, and gives up a side that has not been heard of."""

@@ -69,13 +69,12 @@ class LinkServer:
         while True:
             try:
                 connection, _ = listener.accept()
-            except OSError as error:
+                threading.Thread(target=self._run, args=(connection,), name="link", daemon=True).start()
+            except (OSError, RuntimeError) as error:  # most of all: too many open files, or threads
                 if self._closed:
                     return
-                logger.warning("could not accept a link: %s", error)  # most of all: too many open files
+                logger.warning("could not accept a link: %s", error)
                 time.sleep(_RETRY_S)
-                continue
-            threading.Thread(target=self._run, args=(connection,), name="link", daemon=True).start()
 
     def _run(self, connection: socket.socket) -> None:
         with self._lock:
@@ -117,8 +116,10 @@ class _PatientReader(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         for _ in range(_NUM_SILENT - 1):
-            with contextlib.suppress(TimeoutError):
+            try:
                 return self._connection.recv_into(buffer)
+            except TimeoutError:
+                continue
         return self._connection.recv_into(buffer)
 
 

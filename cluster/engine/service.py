@@ -91,7 +91,8 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         except SlowFrontendError as error:
             logger.warning("a frontend is cut off: %s", error)
             link.write(pb.EngineMessage(error=str(error)).SerializeToString())
-            link.close()
+        finally:
+            link.close()  # whatever it was: nothing more comes
 
     async def GetInfo(self, request: pb.InfoRequest, context: object) -> pb.InfoResponse:
         info = self._engine.info()
