@@ -8,6 +8,8 @@ a step, after the first, find it in a cache.
 from dataclasses import dataclass
 from functools import lru_cache
 
+from manta.kernels.gpu import Gpu
+
 PROGRAMS_PER_SM = 2  # that a device is taken to run at once
 MIN_SPLIT_TILES = 4  # fewer key tiles than these are not worth a program, its partial result and the merge of it
 MAX_SPLITS = 64
@@ -42,24 +44,27 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _next_power_of_2(n: int) -> int:
-    return 1 << (n - 1).bit_length()
+def next_power_of_2(n: int) -> int:
+    """At least 16, the least size of a matrix product."""
+    return max(16, 1 << (n - 1).bit_length())
 
 
-def choose_tile(head_dim: int, group: int, element_bytes: int, num_decodes: int, max_query_len: int) -> Tile:
-    """Few query rows for steps that only decode, many for steps that only prefill, and between them for mixed ones.
+def choose_tile(kind: str, head_dim: int, group: int, element_bytes: int, capability: int) -> Tile:
+    """Few query rows for steps that only "decode", many for those that only "prefill", between them for "mixed" ones.
 
-    A tile has at least one token with all heads of its group, and 16 rows, which matrix units take at once.
-    head_dim is that of the padded tile.
+    A tile has at least one token with all heads of its group, and 16 rows, which matrix units take at once. Sizes are
+    the largest that `tests/kernels/triton/test_resources.py` finds no spills with (docs/kernels.md).
     """
-    least = max(16, _next_power_of_2(group))
+    padded = next_power_of_2(head_dim)
+    least, is_wide, is_old = next_power_of_2(group), padded > 128, capability < 90  # before Hopper
     if element_bytes == 4:  # no matrix units: for tests and small models
-        return Tile(least, 32 if head_dim <= 64 else 16, 4, 2)
-    if max_query_len == 1:
-        return Tile(least, 64 if head_dim <= 128 else 32, 4, 3)
-    if num_decodes or max_query_len <= 16:
-        return Tile(max(least, 64), 64 if head_dim <= 128 else 32, 4 if head_dim <= 128 else 8, 3)
-    return Tile(max(least, 128), 64 if head_dim <= 128 else 32, 8, 3)
+        return Tile(least, 32 if padded <= 64 else 16, 4, 2)
+    if kind == "decode":
+        return Tile(least, 32 if is_wide else 64, 8 if is_wide or head_dim != padded or least > 64 else 4, 3)
+    if kind == "mixed":
+        return Tile(max(least, 64), 32 if is_wide else 64, 8 if is_wide or is_old or least > 64 else 4, 3)
+    num_rows = 64 if is_wide and is_old else 128
+    return Tile(max(least, num_rows), 32 if is_wide or (is_old and padded > 64) else 64, 8, 3)
 
 
 def choose_num_splits(num_programs: int, num_key_tiles: int, num_slots: int) -> int:
@@ -92,7 +97,7 @@ def make_plan(
     num_kv_heads: int,
     head_dim: int,
     element_bytes: int,
-    num_sms: int,
+    gpu: Gpu,
     batch_invariant: bool,
 ) -> Plan:
     """The plan of a step of num_tokens tokens in num_rows rows, of which none has more than max_seq_len keys.
@@ -102,12 +107,11 @@ def make_plan(
     (He et al., "Defeating nondeterminism in LLM inference", 2025: fixed split sizes). With a window there is no split.
     """
     group = num_heads // num_kv_heads
-    padded_dim = max(16, _next_power_of_2(head_dim))
     one_token = max_query_len == 1 and num_tokens == num_rows and not batch_invariant
-    if batch_invariant:
-        tile = choose_tile(padded_dim, group, element_bytes, 1, 2)
-    else:
-        tile = choose_tile(padded_dim, group, element_bytes, num_decodes, 1 if one_token else max(2, max_query_len))
+    # A few new tokens after long contexts, as of speculation, are nearer to decoding than to a prompt.
+    is_mixed = num_decodes > 0 or batch_invariant or max_query_len <= 16
+    kind = "decode" if one_token else "mixed" if is_mixed else "prefill"
+    tile = choose_tile(kind, head_dim, group, element_bytes, gpu.capability)
     block_q = 1 if one_token else tile.block_m // group
     num_tiles = num_rows if one_token else num_tokens // block_q + num_rows
     most_keys = max_seq_len if window is None else min(max_seq_len, window + block_q)
@@ -116,6 +120,6 @@ def make_plan(
         splits = max(1, ceil_div(max_seq_len, fixed_split)) if fixed_split else 1
     else:
         programs = num_tiles * num_kv_heads
-        splits = choose_num_splits(programs, ceil_div(most_keys, tile.block_n), PROGRAMS_PER_SM * num_sms)
+        splits = choose_num_splits(programs, ceil_div(most_keys, tile.block_n), PROGRAMS_PER_SM * gpu.num_sms)
     tokens_per_launch = max(1, MAX_PARTIAL_VALUES // (num_heads * head_dim * splits)) if splits > 1 else num_tokens
     return Plan(tile, block_q, num_tiles, splits, one_token, fixed_split, tokens_per_launch)

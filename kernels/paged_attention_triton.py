@@ -8,30 +8,16 @@ of lengths), and real lengths are read on the device, so that a launch can be ca
 bucket and replayed: rows of length 0 read no page and give zeros, tokens behind the last row are not written.
 """
 
-from functools import lru_cache
-
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from manta.kernels.gpu import gpu_of
 from manta.kernels.metadata import AttentionMetadata
-from manta.kernels.paged_attention_plan import MIN_SPLIT_TILES, Plan, make_plan
+from manta.kernels.paged_attention_plan import MIN_SPLIT_TILES, Plan, make_plan, next_power_of_2
 from manta.kernels.paged_attention_triton_kernels import attend, merge
 
 _DOT_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-
-
-@lru_cache(maxsize=16)
-def _num_sms(device: torch.device) -> int:
-    """Multiprocessors of the device; for tensors that are not on one (interpreter, compilation ahead) those of H200."""
-    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 132
-
-
-@lru_cache(maxsize=16)
-def _reads_fp8(device: torch.device) -> bool:
-    """Whether the device converts e4m3 itself (compute capability 8.9 on)."""
-    return device.type != "cpu" and (device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9))
 
 
 def paged_attention(
@@ -55,7 +41,7 @@ def paged_attention(
     num_heads = q.shape[1] // dim
     plan = make_plan(
         num_tokens, metadata.num_rows, metadata.num_decodes, metadata.max_query_len, metadata.max_seq_len, window,
-        num_heads, keys.shape[1], dim, q.element_size(), _num_sms(q.device), batch_invariant,
+        num_heads, keys.shape[1], dim, q.element_size(), gpu_of(q.device), batch_invariant,
     )  # fmt: skip
     return run(plan, q, keys, values, metadata, scale, window, k_scale, v_scale)
 
@@ -84,7 +70,7 @@ def run(
         return out
     is_fp8 = keys.dtype == torch.float8_e4m3fn
     assert is_fp8 == (k_scale is not None) == (v_scale is not None), "fp8 pages, and only they, have scales"
-    fp8_bits = is_fp8 and not _reads_fp8(q.device)
+    fp8_bits = is_fp8 and (q.is_cpu or not gpu_of(q.device).converts_e4m3)
     if fp8_bits:
         keys, values = keys.view(torch.int8), values.view(torch.int8)
     is_split = plan.num_splits > 1
@@ -95,7 +81,7 @@ def run(
         sums = q.new_empty((2, tokens, num_heads, plan.num_splits), dtype=torch.float32)
     # Triton's interpreter multiplies the bits of bfloat16 as integers.
     dot = tl.float32 if q.is_cpu and q.dtype == torch.bfloat16 else _DOT_TYPES[q.dtype]
-    padded_dim = max(16, triton.next_power_of_2(dim))
+    padded_dim = next_power_of_2(dim)
     for begin in range(0, num_tokens, plan.tokens_per_launch):
         end = min(begin + plan.tokens_per_launch, num_tokens)
         attend[plan.num_tiles, num_kv_heads, plan.num_splits](

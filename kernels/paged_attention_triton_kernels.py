@@ -14,7 +14,9 @@ quantised keys. The scale of quantised values is applied once, to the result.
 import triton
 import triton.language as tl
 
-E4M3_AS_FLOAT16 = 256.0  # what e4m3 bits moved into a float16 have to be multiplied by: the biases are 7 and 15
+E4M3_AS_FLOAT16 = tl.constexpr(
+    256.0
+)  # what e4m3 bits moved into a float16 have to be multiplied by: the biases are 7 and 15
 
 
 @triton.jit

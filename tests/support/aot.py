@@ -1,11 +1,12 @@
 """Compiles Triton kernels for GPUs that are not here, and reads from the machine code what they would use there.
 
 A family of kernels lists its launches in `tests/kernels/triton/launches_<family>.py`, as `LAUNCHES`: name -> function
-that calls the kernels' launcher with tensors of real shapes on the "meta" device, and perhaps as `ONLY`: name ->
-compute capabilities, for launches that some devices do not have. Nothing runs: `JITFunction.run` is
+that calls the kernels' launcher with tensors of real shapes on the "meta" device. Nothing runs: `JITFunction.run` is
 replaced, and what it was called with is specialised (types, divisibility, constants) just as a launch would be. So what
-is compiled is what would run. `python -m tests.support.aot <family> ...` prints the results as JSON lines; it must not
-run under TRITON_INTERPRET, which is why `resources_of` starts it as a process of its own.
+is compiled is what would run. Launchers that ask `manta.kernels.gpu` for their device are told the one compiled for.
+
+`python -m tests.support.aot <family> <capability> ...` prints the results as JSON lines; it must not run under
+TRITON_INTERPRET, which is why `resources_of` starts it as a process of its own.
 """
 
 import importlib
@@ -21,9 +22,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from manta.kernels import gpu
+
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "tests" / "kernels" / "triton"
 SHARED_LIMIT_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # per block: CUDA C++ guide, compute capability
+NUM_SMS = {80: 108, 90: 132, 100: 148}  # A100, H200, B200
 Launches = dict[str, Callable[[], object]]
 
 
@@ -129,14 +133,13 @@ def _registers_and_stack(cubin: bytes) -> tuple[int, int]:
 def compiled(family: str, capabilities: tuple[int, ...]) -> Iterator[Resources]:
     """The resources of each kernel of each launch of the family; every different kernel once per launch."""
     assert os.environ.get("TRITON_INTERPRET") != "1", "interpreted kernels cannot be compiled: unset TRITON_INTERPRET"
-    module = importlib.import_module(f"tests.kernels.triton.launches_{family}")
-    launches: Launches = module.LAUNCHES
-    only: dict[str, tuple[int, ...]] = getattr(module, "ONLY", {})
+    launches: Launches = importlib.import_module(f"tests.kernels.triton.launches_{family}").LAUNCHES
     for name, launch in launches.items():
-        with _recorded_launches() as calls:
-            launch()
-        assert calls, f"{family}: {name} launched no Triton kernel"
-        for capability in sorted(set(capabilities) & set(only.get(name, capabilities))):
+        for capability in capabilities:
+            gpu.pretend(gpu.Gpu(capability, NUM_SMS[capability]))
+            with _recorded_launches() as calls:
+                launch()
+            assert calls, f"{family}: {name} launched no Triton kernel"
             for kernel, args, kwargs in calls:
                 result = _compile(kernel, args, kwargs, capability)
                 registers, stack_bytes = _registers_and_stack(result.asm["cubin"])

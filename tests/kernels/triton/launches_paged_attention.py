@@ -75,4 +75,3 @@ LAUNCHES: Launches = {
     "16/8 heads of 256, prefill": partial(launch, GEMMA, PREFILL, 32),
     "32/8 heads of 128, mixed, float32": partial(launch, LLAMA, MIXED, dtype=torch.float32),
 }
-ONLY = {name: (90, 100) for name in LAUNCHES if "fp8" in name}  # sm_80 has no e4m3
