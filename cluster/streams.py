@@ -79,5 +79,6 @@ async def open_stream(address: LinkAddress | None, channel: grpc.aio.Channel, me
         try:
             return await connect(address.address, address.socket_name, address.key, _CONNECT_TIMEOUT_S)
         except (OSError, TimeoutError) as error:
-            logger.warning("no link to %s (%s): messages go over gRPC", address.address, error)
+            reason = str(error) or "no answer in time"
+            logger.warning("no link to %s (%s): messages go over gRPC", address.address, reason)
     return GrpcStream(channel.stream_stream(method)())
