@@ -4,7 +4,7 @@ Format: Micikevicius et al., "FP8 formats for deep learning" (2022): 4 bits of e
 infinity, greatest value 448. Rounds to nearest, ties to even; what is beyond 448 becomes 448, NaN stays NaN.
 """
 
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 import triton
 import triton.language as tl

@@ -8,9 +8,12 @@ from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from manta.kernels import (
@@ -26,7 +29,7 @@ from manta.kernels import (
     step_tensors,
 )
 from manta.kernels.cpu_decoder import layout, memory
-from manta.kernels.metadata import AttentionMetadata
+from manta.kernels.metadata import AttentionMetadata, KVCache
 
 
 @cache
@@ -130,9 +133,30 @@ def argmax(logits: Tensor) -> Tensor:
     return argmax_cpu.argmax(logits) if logits.is_cpu else logits.argmax(dim=-1)
 
 
-def make_row_sampler(device: torch.device) -> sample_cpu.RowSampler | None:
-    """What chooses the tokens of all rows of a step in one call; None on devices where torch's operations do."""
-    return sample_cpu.RowSampler() if device.type == "cpu" else None
+RowSampler = Callable[[Tensor, NDArray[np.int64], NDArray[np.int64], sample_cpu.Parameters, Tensor], Tensor]
+
+
+def make_row_sampler(device: torch.device) -> RowSampler | None:
+    """What chooses the tokens of all rows of a step in one call (see `sample_cpu.RowSampler`); None on devices where
+    torch's operations do."""
+    if device.type == "cpu":
+        return sample_cpu.RowSampler()
+    if not has_gpu_kernels():
+        return None
+    sampler: RowSampler = _gpu().RowSampler()
+    return sampler
+
+
+def logprobs(logits: Tensor, tokens: Tensor, num_best: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities [N] of tokens int64 [N]; ids and log-probabilities [N, num_best] of the best (up to 20)."""
+    form = reference if logits.is_cpu else _gpu()
+    found: tuple[Tensor, Tensor, Tensor] = form.logprobs(logits, tokens, num_best)
+    return found
+
+
+def make_block_copier(kv_cache: KVCache) -> Any:
+    """A `block_copy_triton.BlockCopier` of a cache on a GPU; None where torch's indexed copies have to do."""
+    return None if kv_cache[0][0].is_cpu or not has_gpu_kernels() else _gpu().BlockCopier(kv_cache)
 
 
 def uses_cpu_decoder(dtype: torch.dtype, device: torch.device) -> bool:

@@ -121,3 +121,11 @@ def paged_attention(
         weights = scores.masked_fill(~seen, float("-inf")).softmax(dim=-1)
         out[start:end] = torch.einsum("hgqk,khd->qhgd", weights, v).reshape(end - start, -1).to(q.dtype)
     return out
+
+
+def logprobs(logits: Tensor, tokens: Tensor, num_best: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """The log-probabilities float32 [N] of tokens (int64 [N]), then ids (int64) and log-probabilities (float32) of the
+    num_best most probable tokens [N, num_best], descending; equal ones by their ids. logits: float32 [N, vocab]."""
+    values = logits.log_softmax(dim=-1)
+    ids = logits.sort(dim=-1, descending=True, stable=True).indices[:, :num_best]
+    return values.gather(1, tokens[:, None])[:, 0], ids, values.gather(1, ids)

@@ -3,7 +3,7 @@
 y = x / sqrt(mean(x ** 2) + eps) * weight, in float32, rounded once. One program per row, the row in registers.
 """
 
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 import torch
 import triton

@@ -5,7 +5,7 @@ A program takes some heads of one token. Head by head it is a query, a key or a 
 and no norm, so that all take one path.
 """
 
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 import torch
 import triton

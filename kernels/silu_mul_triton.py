@@ -1,6 +1,6 @@
 """The gated activation of MLPs on a GPU: silu(gate) * up (Shazeer, "GLU variants improve Transformer", 2020)."""
 
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 import torch
 import triton
