@@ -18,9 +18,9 @@ from torch import Tensor
 
 from manta.kernels import (
     argmax_cpu,
+    attention,
     linear_cpu,
     paged_attention_cpu,
-    paged_attention_sdpa,
     reference,
     rms_norm_cpu,
     rope_kv_write_cpu,
@@ -88,13 +88,35 @@ def rope_kv_write(
         _gpu().rope_kv_write(qkv, cos_sin, slot_mapping, keys, values, q_norm, k_norm, eps)
 
 
+_gpu_attention: attention.PagedAttention | None = None  # this process's; set once by use_attention
+
+
+def use_attention(form: str | None = None, batch_invariant: bool = False) -> None:
+    """What `paged_attention` runs on GPUs from now on, as attention.on_gpu says; without this call, the default."""
+    global _gpu_attention
+    _gpu_attention = attention.on_gpu(form, batch_invariant)
+
+
 def paged_attention(
-    q: Tensor, keys: Tensor, values: Tensor, metadata: AttentionMetadata, scale: float, window: int | None = None
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    metadata: AttentionMetadata,
+    scale: float,
+    window: int | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention of q [T, num_heads * head_dim] over each row's pages; `window` counts the query itself."""
+    """Causal attention of q [T, num_heads * head_dim] over each row's pages; `window` counts the query itself.
+
+    k_scale, v_scale: float32 [1], what the contents of fp8 pages are multiplied by; None for other pages.
+    """
     if q.is_cpu:
-        return paged_attention_cpu.paged_attention(q, keys, values, metadata, scale, window)
-    return paged_attention_sdpa.paged_attention(q, keys, values, metadata, scale, window)
+        return attention.on_cpu(q, keys, values, metadata, scale, window, k_scale, v_scale)
+    if _gpu_attention is None:
+        use_attention()
+        assert _gpu_attention is not None
+    return _gpu_attention(q, keys, values, metadata, scale, window, k_scale, v_scale)
 
 
 def make_linear(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:

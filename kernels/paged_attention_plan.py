@@ -25,6 +25,7 @@ class Tile:
     block_n: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None  # per thread
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,7 @@ def next_power_of_2(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
 
-def choose_tile(kind: str, head_dim: int, group: int, element_bytes: int, capability: int) -> Tile:
+def choose_tile(kind: str, head_dim: int, group: int, element_bytes: int, is_fp8: bool, capability: int) -> Tile:
     """Few query rows for steps that only "decode", many for those that only "prefill", between them for "mixed" ones.
 
     A tile has at least one token with all heads of its group, and 16 rows, which matrix units take at once. Sizes are
@@ -60,7 +61,10 @@ def choose_tile(kind: str, head_dim: int, group: int, element_bytes: int, capabi
     if element_bytes == 4:  # no matrix units: for tests and small models
         return Tile(least, 32 if padded <= 64 else 16, 4, 2)
     if kind == "decode":
-        return Tile(least, 32 if is_wide else 64, 8 if is_wide or head_dim != padded or least > 64 else 4, 3)
+        num_warps = 8 if is_wide or head_dim != padded or least > 64 else 4
+        # Left to itself the assembler aims at more programs per SM for these shapes, and spills.
+        max_registers = 128 if num_warps == 8 else 192 if is_fp8 else None
+        return Tile(least, 32 if is_wide else 64, num_warps, 3, max_registers)
     if kind == "mixed":
         return Tile(max(least, 64), 32 if is_wide else 64, 8 if is_wide or is_old or least > 64 else 4, 3)
     num_rows = 64 if is_wide and is_old else 128
@@ -97,6 +101,7 @@ def make_plan(
     num_kv_heads: int,
     head_dim: int,
     element_bytes: int,
+    is_fp8: bool,
     gpu: Gpu,
     batch_invariant: bool,
 ) -> Plan:
@@ -111,7 +116,7 @@ def make_plan(
     # A few new tokens after long contexts, as of speculation, are nearer to decoding than to a prompt.
     is_mixed = num_decodes > 0 or batch_invariant or max_query_len <= 16
     kind = "decode" if one_token else "mixed" if is_mixed else "prefill"
-    tile = choose_tile(kind, head_dim, group, element_bytes, gpu.capability)
+    tile = choose_tile(kind, head_dim, group, element_bytes, is_fp8, gpu.capability)
     block_q = 1 if one_token else tile.block_m // group
     num_tiles = num_rows if one_token else num_tokens // block_q + num_rows
     most_keys = max_seq_len if window is None else min(max_seq_len, window + block_q)

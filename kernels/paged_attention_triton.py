@@ -41,7 +41,7 @@ def paged_attention(
     num_heads = q.shape[1] // dim
     plan = make_plan(
         num_tokens, metadata.num_rows, metadata.num_decodes, metadata.max_query_len, metadata.max_seq_len, window,
-        num_heads, keys.shape[1], dim, q.element_size(), gpu_of(q.device), batch_invariant,
+        num_heads, keys.shape[1], dim, q.element_size(), keys.element_size() == 1, gpu_of(q.device), batch_invariant,
     )  # fmt: skip
     return run(plan, q, keys, values, metadata, scale, window, k_scale, v_scale)
 
@@ -92,7 +92,8 @@ def run(
             BLOCK_SIZE=block_size, BLOCK_M=plan.tile.block_m, BLOCK_N=plan.tile.block_n, BLOCK_Q=plan.block_q,
             HAS_WINDOW=window is not None, ONE_TOKEN=plan.one_token, IS_SPLIT=is_split, FIXED_SPLIT=plan.fixed_split,
             MIN_SPLIT_TILES=MIN_SPLIT_TILES, HAS_SCALES=is_fp8, FP8_BITS=fp8_bits, DOT=dot,
-            num_warps=plan.tile.num_warps, num_stages=plan.tile.num_stages,
+            num_warps=plan.tile.num_warps,
+            num_stages=plan.tile.num_stages, maxnreg=plan.tile.max_registers,
         )  # fmt: skip
         if is_split:
             merge[end - begin, num_heads](

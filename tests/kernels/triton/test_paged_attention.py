@@ -43,7 +43,7 @@ def plan_of(q: Tensor, keys: Tensor, metadata: AttentionMetadata, window: int | 
     dim = keys.shape[3]
     plan = make_plan(
         q.shape[0], metadata.num_rows, metadata.num_decodes, metadata.max_query_len, metadata.max_seq_len, window,
-        q.shape[1] // dim, keys.shape[1], dim, q.element_size(), Gpu(90, 1), False,
+        q.shape[1] // dim, keys.shape[1], dim, q.element_size(), keys.element_size() == 1, Gpu(90, 1), False,
     )  # fmt: skip
     assert plan.num_splits == 1
     return replace(plan, **changes)
