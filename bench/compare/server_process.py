@@ -1,11 +1,13 @@
 """One OpenAI-compatible server in a process of its own."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +39,19 @@ class ServerProcess:
             process_group=0,
         )
         warm_up = ["--num-prompts", "1", "--random-input-len", "128", "--random-output-len", "1"]
-        self.bench([*warm_up, "--ready-check-timeout-sec", str(int(limit_s))])
+        self._wait_until_ready(begin_s + limit_s)
+        self.bench(warm_up)
         self.start_s = time.perf_counter() - begin_s
         self.pause()
+
+    def _wait_until_ready(self, deadline_s: float) -> None:
+        while time.perf_counter() < deadline_s:
+            if self._process.poll() is not None:
+                raise EngineError(f"{self.spec.text} has ended:\n{self._end_of_log()}")
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{self.port}/v1/models"):
+                return
+            time.sleep(0.2)
+        raise EngineError(f"{self.spec.text} is not ready:\n{self._end_of_log()}")
 
     def bench(self, flags: list[str]) -> None:
         """`manta bench serve` against it. Raises EngineError when that fails."""
@@ -81,7 +93,7 @@ def _command(kind: str, python: str, model: str, port: int, options: dict[str, A
     if kind == "manta":
         begin = [str(_MANTA), "serve", model, "--distributed-executor-backend", "local", "--grpc-port", "0"]
     elif kind == "vllm":
-        begin = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--disable-log-requests"]
+        begin = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
         options = _VLLM_FLAGS | options
     else:
         raise ValueError(f"{kind} has no server here; there are manta and vllm")
