@@ -1,4 +1,4 @@
-"""How paged attention lays a step out: each token in one tile, enough programs for the device, never too many splits."""
+"""How paged attention lays a step out: each token in one tile, enough programs for the device, no splits too small."""
 
 import pytest
 from hypothesis import given

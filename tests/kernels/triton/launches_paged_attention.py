@@ -57,14 +57,12 @@ DECODE, SPLIT, MIXED, PREFILL = (256, [], 2048), (4, [], 32768), (64, [512, 100]
 LLAMA, SMOL, PHI2, PHI3, GEMMA = (32, 8, 128), (9, 3, 64), (32, 32, 80), (32, 8, 96), (16, 8, 256)
 LAUNCHES: Launches = {
     "32/8 heads of 128, decode": partial(launch, LLAMA, DECODE),
-    "32/8 heads of 128, decode, pages of 64": partial(launch, LLAMA, DECODE, 64),
-    "32/8 heads of 128, decode, split": partial(launch, LLAMA, SPLIT, 64),
+    "32/8 heads of 128, decode, split, pages of 64": partial(launch, LLAMA, SPLIT, 64),
     "32/8 heads of 128, decode, fp8": partial(launch, LLAMA, DECODE, 32, fp8=True),
     "32/8 heads of 128, mixed": partial(launch, LLAMA, MIXED),
     "32/8 heads of 128, mixed, batch-invariant": partial(launch, LLAMA, MIXED, 64, batch_invariant=True),
     "32/8 heads of 128, prefill": partial(launch, LLAMA, PREFILL),
-    "32/8 heads of 128, prefill, pages of 64": partial(launch, LLAMA, PREFILL, 64),
-    "32/8 heads of 128, prefill, window": partial(launch, LLAMA, PREFILL, 64, window=4096),
+    "32/8 heads of 128, prefill, window, pages of 64": partial(launch, LLAMA, PREFILL, 64, window=4096),
     "32/8 heads of 128, prefill, fp8": partial(launch, LLAMA, PREFILL, 64, fp8=True),
     "9/3 heads of 64, decode": partial(launch, SMOL, DECODE),
     "9/3 heads of 64, prefill": partial(launch, SMOL, PREFILL),
