@@ -50,7 +50,7 @@ def _penalise(
     tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_stop_tokens"])
+@triton.jit(do_not_specialize=["floats_stride", "ints_stride", "history_stride", "num_rows", "num_stop_tokens"])
 def _penalties_kernel(
     logits, stride, floats, floats_stride, ints, ints_stride, history, history_stride, counts, num_rows,
     num_stop_tokens, VOCAB_SIZE: tl.constexpr, CHUNK: tl.constexpr,

@@ -102,7 +102,7 @@ def _list_kept(row, vocab_size, best, top, scale, top_k, top_p, lowest, row_tota
     return length
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["floats_stride", "ints_stride"])
 def sample_kernel(
     logits, stride, floats, floats_stride, ints, ints_stride, list_values, list_ids, out,
     VOCAB_SIZE: tl.constexpr, TILE: tl.constexpr,

@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support.triton_device import DEVICE
+from tests.support.triton_device import DEVICE, INTERPRETED
 
 pytest.importorskip("triton", reason="triton is not installed")
 from manta.kernels.block_copy_triton import BlockCopier
+
+pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 
 NUM_BLOCKS = 9
 SHAPES = [  # [num_kv_heads, block_size, head_dim], dtype

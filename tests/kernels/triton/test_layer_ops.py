@@ -12,6 +12,8 @@ from tests.support.triton_device import DEVICE, INTERPRETED
 pytest.importorskip("triton", reason="triton is not installed")
 from manta.kernels import fp8_triton, rms_norm_triton, rope_kv_write_triton, silu_mul_triton
 
+pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SCALE = torch.tensor([0.25], device=DEVICE)
 

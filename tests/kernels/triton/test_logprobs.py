@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from tests.support.tolerances import KERNEL
-from tests.support.triton_device import DEVICE
+from tests.support.triton_device import DEVICE, INTERPRETED
 
 pytest.importorskip("triton", reason="triton is not installed")
 from manta.kernels import logprobs_triton, reference
+
+pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 
 
 @pytest.mark.parametrize("num_best", [0, 1, 5, 20])

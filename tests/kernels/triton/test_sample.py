@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from manta.kernels import sample_cpu
 from manta.workers.draws import uniform
 from tests.kernels.test_sample_cpu import FILTERS, Filters, Row, kept_weights, parameters, rows_of, seed_of
-from tests.support.triton_device import DEVICE
+from tests.support.triton_device import DEVICE, INTERPRETED
 
 pytest.importorskip("triton", reason="triton is not installed")
 import triton
@@ -19,6 +19,8 @@ import triton.language as tl
 from manta.kernels import row_search_triton, sample_row_triton, sample_triton
 from manta.kernels.sample_penalties_triton import make_counts
 from manta.kernels.sampling_rows import SamplingRows
+
+pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 
 
 @pytest.fixture(autouse=True)

@@ -11,10 +11,12 @@ from manta.kernels import step_tensors
 from manta.kernels.step_tensors import SlotColumns, StepInputs
 from manta.workers.batch import build_batch
 from manta.workers.slot_table import Rows
-from tests.support.triton_device import DEVICE
+from tests.support.triton_device import DEVICE, INTERPRETED
 
 pytest.importorskip("triton", reason="triton is not installed")
 from manta.kernels import step_inputs_triton
+
+pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 
 FORMS = {"torch": step_tensors, "triton": step_inputs_triton}
 NUM_SLOTS, NUM_BLOCKS, VOCAB_SIZE = 12, 40, 1000
