@@ -79,10 +79,12 @@ def run(args: argparse.Namespace, servers: list[ServerProcess]) -> dict[str, dic
     samples: dict[str, dict[str, list[Figures]]] = {}
 
     def add(load: str, rate: float | None, num_prompts: int, turn: int) -> None:
+        samples.setdefault(load, {})
         for index in range(len(servers)):
             server = servers[(index + turn) % len(servers)]
-            figures = measure(server, num_prompts, rate, seed=turn)
-            samples.setdefault(load, {}).setdefault(server.spec.text, []).append(figures)
+            # Other tokens in every load and round, or a prefix cache would help in all but the first.
+            figures = measure(server, num_prompts, rate, seed=1000 * len(samples) + turn)
+            samples[load].setdefault(server.spec.text, []).append(figures)
 
     for turn in range(args.rounds):
         add("saturation", None, args.burst, turn)
