@@ -24,7 +24,7 @@ def table() -> str:
     """One line per kernel, launch and device."""
     lines = []
     for family in aot.families():
-        for item in aot.resources_of(family):
+        for item in aot.resources_of(family, with_more=True):
             cells = [family, item.launch, f"`{item.kernel}`", item.capability, item.num_warps, item.num_stages,
                      item.registers, item.stack_bytes, item.shared_bytes, item.blocks_per_sm]  # fmt: skip
             lines.append("| " + " | ".join(map(str, cells)) + " |\n")

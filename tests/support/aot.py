@@ -1,11 +1,12 @@
 """Compiles Triton kernels for GPUs that are not here, and reads from the machine code what they would use there.
 
 A family of kernels lists its launches in `tests/kernels/triton/launches_<family>.py`, as `LAUNCHES`: name -> function
-that calls the kernels' launcher with tensors of real shapes on the "meta" device. Nothing runs: `JITFunction.run` is
-replaced, and what it was called with is specialised (types, divisibility, constants) just as a launch would be. So what
-is compiled is what would run. Launchers that ask `manta.kernels.gpu` for their device are told the one compiled for.
+that calls the kernels' launcher with tensors of real shapes on the "meta" device; `MORE` holds likewise those that only
+the table of docs/kernels.md has. Nothing runs: `JITFunction.run` is replaced, and what it was called with is
+specialised (types, divisibility, constants) just as a launch would be. So what is compiled is what would run.
+Launchers that ask `manta.kernels.gpu` for their device are told the one compiled for.
 
-`python -m tests.support.aot <family> <capability> ...` prints the results as JSON lines; it must not run under
+`python -m tests.support.aot <family> [more]` prints the results as JSON lines; it must not run under
 TRITON_INTERPRET, which is why `resources_of` starts it as a process of its own.
 """
 
@@ -69,10 +70,10 @@ def families() -> list[str]:
     return sorted(path.stem.removeprefix("launches_") for path in FOLDER.glob("launches_*.py"))
 
 
-def resources_of(family: str, capabilities: tuple[int, ...] = (80, 90, 100)) -> list[Resources]:
+def resources_of(family: str, *, with_more: bool = False) -> list[Resources]:
     """Compiles every launch of the family, in a process without the interpreter and with an empty cache."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.support.aot", family, *map(str, capabilities)]
+    command = [sys.executable, "-m", "tests.support.aot", family, *["more"] * with_more]
     with tempfile.TemporaryDirectory() as cache:
         environment["TRITON_CACHE_DIR"] = cache
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
@@ -130,12 +131,13 @@ def _registers_and_stack(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def compiled(family: str, capabilities: tuple[int, ...]) -> Iterator[Resources]:
+def compiled(family: str, with_more: bool) -> Iterator[Resources]:
     """The resources of each kernel of each launch of the family; every different kernel once per launch."""
     assert os.environ.get("TRITON_INTERPRET") != "1", "interpreted kernels cannot be compiled: unset TRITON_INTERPRET"
-    launches: Launches = importlib.import_module(f"tests.kernels.triton.launches_{family}").LAUNCHES
+    module = importlib.import_module(f"tests.kernels.triton.launches_{family}")
+    launches: Launches = module.LAUNCHES | (getattr(module, "MORE", {}) if with_more else {})
     for name, launch in launches.items():
-        for capability in capabilities:
+        for capability in NUM_SMS:
             gpu.pretend(gpu.Gpu(capability, NUM_SMS[capability]))
             with _recorded_launches() as calls:
                 launch()
@@ -149,5 +151,5 @@ def compiled(family: str, capabilities: tuple[int, ...]) -> Iterator[Resources]:
 
 
 if __name__ == "__main__":
-    for resources in compiled(sys.argv[1], tuple(map(int, sys.argv[2:]))):
+    for resources in compiled(sys.argv[1], with_more=sys.argv[2:] == ["more"]):
         print(json.dumps(asdict(resources)), flush=True)

@@ -1,5 +1,7 @@
 """Every Triton kernel, as it is launched, compiles for sm_80, sm_90 and sm_100: no spills, within shared memory."""
 
+from dataclasses import replace
+
 import pytest
 
 from tests.support import aot
@@ -13,3 +15,12 @@ def test_no_spills_and_shared_memory_within_limits(family: str) -> None:
     assert found
     problems = [problem for resources in found for problem in resources.problems()]
     assert not problems, "\n".join(problems)
+
+
+def test_what_is_a_problem() -> None:
+    fine = aot.Resources("f", "l", "k", 80, 4, 3, 255, 0, 163 * 1024)
+    assert not fine.problems()
+    assert fine.blocks_per_sm == 1
+    assert "8 bytes per thread" in replace(fine, stack_bytes=8).problems()[0]
+    assert "166913 bytes" in replace(fine, shared_bytes=163 * 1024 + 1).problems()[0]
+    assert not replace(fine, shared_bytes=163 * 1024 + 1, capability=90).problems()
