@@ -63,11 +63,11 @@ LAUNCHES: Launches = {
     "32/8 heads of 128, prefill": partial(launch, LLAMA, PREFILL),
     "32/8 heads of 128, prefill, window, pages of 64": partial(launch, LLAMA, PREFILL, 64, window=4096),
     "32/32 heads of 80, decode": partial(launch, PHI2, DECODE),
-    "32/8 heads of 96, mixed": partial(launch, PHI3, MIXED, 32, dtype=torch.float16),
     "16/8 heads of 256, decode": partial(launch, GEMMA, DECODE),
     "16/8 heads of 256, prefill": partial(launch, GEMMA, PREFILL, 32),
 }
 MORE: Launches = {
+    "32/8 heads of 96, mixed": partial(launch, PHI3, MIXED, 32, dtype=torch.float16),
     "32/8 heads of 128, mixed, batch-invariant": partial(launch, LLAMA, MIXED, 64, batch_invariant=True),
     "32/8 heads of 128, prefill, fp8": partial(launch, LLAMA, PREFILL, 64, fp8=True),
     "9/3 heads of 64, decode": partial(launch, SMOL, DECODE),
