@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from manta.kernels import paged_attention_cpu, paged_attention_sdpa
+from manta.kernels import paged_attention_sdpa
 from manta.kernels.metadata import AttentionMetadata
 
 GPU_FORMS = ("triton", "flashinfer", "sdpa")
@@ -41,8 +41,11 @@ def _unquantised(
 ) -> Tensor:
     if k_scale is not None or v_scale is not None:
         raise ValueError(f"attention by {form} reads no fp8 pages; a GPU with triton does")
-    attend = paged_attention_cpu.paged_attention if form == "cpu" else paged_attention_sdpa.paged_attention
-    return attend(q, keys, values, metadata, scale, window)
+    if form == "cpu":
+        from manta.kernels import paged_attention_cpu  # needs numba
+
+        return paged_attention_cpu.paged_attention(q, keys, values, metadata, scale, window)
+    return paged_attention_sdpa.paged_attention(q, keys, values, metadata, scale, window)
 
 
 on_cpu: PagedAttention = partial(_unquantised, "cpu")

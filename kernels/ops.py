@@ -16,20 +16,22 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from manta.kernels import (
-    argmax_cpu,
-    attention,
-    linear_cpu,
-    paged_attention_cpu,
-    reference,
-    rms_norm_cpu,
-    rope_kv_write_cpu,
-    sample_cpu,
-    silu_mul_cpu,
-    step_tensors,
-)
-from manta.kernels.cpu_decoder import layout, memory
+from manta.kernels import attention, reference, step_tensors
+from manta.kernels.cpu_decoder import memory
 from manta.kernels.metadata import AttentionMetadata, KVCache
+from manta.kernels.sampling_parameters import Parameters
+
+
+@cache
+def _cpu() -> ModuleType:
+    """What CPUs run. Imported when the first tensor of one comes: it compiles with numba, which GPUs do without."""
+    from manta.kernels import cpu_ops
+
+    return cpu_ops
+
+
+def _kernels_for(x: Tensor) -> Any:
+    return _cpu() if x.is_cpu else _gpu()
 
 
 @cache
@@ -42,32 +44,37 @@ def _gpu() -> ModuleType:
     return gpu_ops
 
 
+def _form_for(x: Tensor) -> ModuleType:
+    """What runs where the CPU has no kernel of its own."""
+    return reference if x.is_cpu else _gpu()
+
+
 def has_gpu_kernels() -> bool:
     """Whether steps on a GPU launch nothing that waits for the device, as CUDA graphs need it."""
     return find_spec("triton") is not None
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root mean square norm of x [T, hidden]."""
-    if x.is_cpu:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, out_scale: Tensor | None = None) -> Tensor:
+    """Root mean square norm of x [T, hidden]; with out_scale (float32 [1]) divided by that, as float8_e4m3fn."""
+    if x.is_cpu and out_scale is None:
         return rms_norm_cpu.rms_norm(x, weight, eps)
-    out: Tensor = _gpu().rms_norm(x, weight, eps)
+    out: Tensor = _form_for(x).rms_norm(x, weight, eps, out_scale)
     return out
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """residual += x in place; returns its root mean square norm. x, residual: [T, hidden]."""
-    if x.is_cpu:
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, out_scale: Tensor | None = None) -> Tensor:
+    """residual += x in place; returns its root mean square norm, as above. x, residual: [T, hidden]."""
+    if x.is_cpu and out_scale is None:
         return rms_norm_cpu.add_rms_norm(x, residual, weight, eps)
-    out: Tensor = _gpu().add_rms_norm(x, residual, weight, eps)
+    out: Tensor = _form_for(x).add_rms_norm(x, residual, weight, eps, out_scale)
     return out
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """[T, 2 * size], gate first -> silu(gate) * up [T, size]."""
-    if gate_up.is_cpu:
+def silu_mul(gate_up: Tensor, out_scale: Tensor | None = None) -> Tensor:
+    """[T, 2 * size], gate first -> silu(gate) * up [T, size]; out_scale as above."""
+    if gate_up.is_cpu and out_scale is None:
         return silu_mul_cpu.silu_mul(gate_up)
-    out: Tensor = _gpu().silu_mul(gate_up)
+    out: Tensor = _form_for(gate_up).silu_mul(gate_up, out_scale)
     return out
 
 
@@ -80,12 +87,18 @@ def rope_kv_write(
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
     eps: float = 0.0,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> None:
-    """Norms (if weights are given) and rotates queries (in place) and keys; writes keys and values to their pages."""
-    if qkv.is_cpu:
+    """Norms (if weights are given) and rotates queries (in place) and keys; writes keys and values to their pages.
+
+    k_scale, v_scale: float32 [1], what keys and values are divided by in fp8 pages; None for other pages.
+    """
+    if qkv.is_cpu and k_scale is None:
         rope_kv_write_cpu.rope_kv_write(qkv, cos_sin, slot_mapping, keys, values, q_norm, k_norm, eps)
     else:
-        _gpu().rope_kv_write(qkv, cos_sin, slot_mapping, keys, values, q_norm, k_norm, eps)
+        write = _form_for(qkv).rope_kv_write
+        write(qkv, cos_sin, slot_mapping, keys, values, q_norm, k_norm, eps, k_scale, v_scale)
 
 
 _gpu_attention: attention.PagedAttention | None = None  # this process's; set once by use_attention
@@ -121,9 +134,10 @@ def paged_attention(
 
 def make_linear(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
     """The function [T, in] -> [T, out] of weight [out, in] and bias [out]; may hold a copy instead of the weight."""
-    if weight.is_cpu:
-        return linear_cpu.make_linear(weight, bias)
-    return lambda x: F.linear(x, weight, bias)
+    if not weight.is_cpu:
+        return lambda x: F.linear(x, weight, bias)
+    apply: Callable[[Tensor], Tensor] = _cpu().make_linear(weight, bias)
+    return apply
 
 
 def build_inputs(
@@ -152,27 +166,25 @@ def advance(
 
 def argmax(logits: Tensor) -> Tensor:
     """The best token int64 [N] of logits float32 [N, vocab]."""
-    return argmax_cpu.argmax(logits) if logits.is_cpu else logits.argmax(dim=-1)
+    best: Tensor = _cpu().argmax(logits) if logits.is_cpu else logits.argmax(dim=-1)
+    return best
 
 
-RowSampler = Callable[[Tensor, NDArray[np.int64], NDArray[np.int64], sample_cpu.Parameters, Tensor], Tensor]
+RowSampler = Callable[[Tensor, NDArray[np.int64], NDArray[np.int64], Parameters, Tensor], Tensor]
 
 
 def make_row_sampler(device: torch.device) -> RowSampler | None:
     """What chooses the tokens of all rows of a step in one call (see `sample_cpu.RowSampler`); None on devices where
     torch's operations do."""
-    if device.type == "cpu":
-        return sample_cpu.RowSampler()
-    if not has_gpu_kernels():
+    if device.type != "cpu" and not has_gpu_kernels():
         return None
-    sampler: RowSampler = _gpu().RowSampler()
+    sampler: RowSampler = (_cpu() if device.type == "cpu" else _gpu()).RowSampler()
     return sampler
 
 
 def logprobs(logits: Tensor, tokens: Tensor, num_best: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities [N] of tokens int64 [N]; ids and log-probabilities [N, num_best] of the best (up to 20)."""
-    form = reference if logits.is_cpu else _gpu()
-    found: tuple[Tensor, Tensor, Tensor] = form.logprobs(logits, tokens, num_best)
+    found: tuple[Tensor, Tensor, Tensor] = _form_for(logits).logprobs(logits, tokens, num_best)
     return found
 
 
@@ -191,7 +203,10 @@ def uses_cpu_decoder(dtype: torch.dtype, device: torch.device) -> bool:
 
 def page_shape(block_size: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> tuple[int, int]:
     """The last two dimensions of a KV cache tensor: one head's page of block_size tokens."""
-    return layout.page_shape(block_size, head_dim) if uses_cpu_decoder(dtype, device) else (block_size, head_dim)
+    if not uses_cpu_decoder(dtype, device):
+        return block_size, head_dim
+    shape: tuple[int, int] = _cpu().page_shape(block_size, head_dim)
+    return shape
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -201,32 +216,5 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
 
 def warm_up(dtype: torch.dtype, device: torch.device) -> None:
     """Compiles every kernel a model of this dtype runs, so that no request waits for it. Sizes are run-time values."""
-    if device.type != "cpu":
-        return
-    argmax_cpu.argmax(torch.zeros(1, 1))
-    if uses_cpu_decoder(dtype, device):
-        return  # it was compiled when the model was built
-    dim = 16
-    ones = torch.ones(dim, dtype=dtype)
-    keys, values = (torch.zeros(2, 1, 8, dim, dtype=dtype) for _ in range(2))
-    # Large enough to go over all threads where there are several: serial and parallel forms compile separately.
-    for num_tokens in (1, 8192):
-        x = torch.zeros(num_tokens, dim * 3, dtype=dtype)
-        weight = torch.ones(dim * 3, dtype=dtype)
-        rms_norm_cpu.rms_norm(x, weight, 1e-6)
-        rms_norm_cpu.add_rms_norm(x, torch.zeros_like(x), weight, 1e-6)
-        silu_mul_cpu.silu_mul(x[:, : 2 * dim].contiguous())
-        slots = torch.zeros(num_tokens, dtype=torch.int64)
-        rope_kv_write_cpu.rope_kv_write(x, torch.zeros(num_tokens, dim), slots, keys, values, ones, ones, 1e-6)
-        metadata = AttentionMetadata(
-            query_start=torch.arange(num_tokens + 1, dtype=torch.int32),
-            seq_lens=torch.ones(num_tokens, dtype=torch.int32),
-            block_tables=torch.zeros(num_tokens, 1, dtype=torch.int32),
-            slot_mapping=slots,
-            positions=slots,
-            num_decodes=num_tokens,
-            max_query_len=1,
-            max_seq_len=8,
-            block_size=8,
-        )
-        paged_attention_cpu.paged_attention(x[:, :dim], keys, values, metadata, 1.0)
+    if device.type == "cpu":
+        _cpu().warm_up(dtype, uses_cpu_decoder(dtype, device))

@@ -5,7 +5,7 @@ threads would have to be woken, and would fight those for the cores.
 """
 
 from functools import cache
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from manta.kernels.cpu_scalars import (
 )
 from manta.kernels.sample_row_cpu import draw_token, row_floats, scratch_bytes, uniform
 from manta.kernels.sample_vectors_cpu import store_int32
+from manta.kernels.sampling_parameters import Parameters
 
 _F32 = np.float32(0)
 _ONE = np.float32(1)
@@ -44,23 +45,6 @@ MIN_SHARED_LOGITS = 1 << 19  # to be weighed: 0.3 to 0.8 ms of one thread; to wa
     SEED, TEMPERATURE, TOP_K, TOP_P, MIN_P, PRESENCE, FREQUENCY, REPETITION, NUM_PROMPT_TOKENS, MIN_TOKENS,
     STOP_TOKEN_IDS, MAX_STOP_TOKENS, HISTORY, HISTORY_STRIDE, SCRATCH, SCRATCH_BYTES, COUNTS_AT, FIELDS,
 ) = range(27)  # fmt: skip
-
-
-class Parameters(Protocol):
-    """How each slot's tokens are chosen, one array per parameter, by slot. A temperature of 0 means the best token;
-    top_k 0, top_p 1, min_p 0, penalties 0, 0 and 1 are off; stop_token_ids [slots, ids] is padded with -1."""
-
-    seed: NDArray[np.uint64]
-    temperature: NDArray[np.float32]
-    top_k: NDArray[np.int64]
-    top_p: NDArray[np.float32]
-    min_p: NDArray[np.float32]
-    presence_penalty: NDArray[np.float32]
-    frequency_penalty: NDArray[np.float32]
-    repetition_penalty: NDArray[np.float32]
-    num_prompt_tokens: NDArray[np.int64]
-    min_tokens: NDArray[np.int64]
-    stop_token_ids: NDArray[np.int64]
 
 
 @jit()

@@ -6,9 +6,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from manta.kernels.row_search_triton import NUM_WARPS, TILE
-from manta.kernels.sample_cpu import Parameters
 from manta.kernels.sample_penalties_triton import MAX_PROGRAMS, apply_penalties, make_counts
 from manta.kernels.sample_row_triton import sample_kernel
+from manta.kernels.sampling_parameters import Parameters
 from manta.kernels.sampling_rows import SamplingRows
 
 

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from manta.kernels.sample_cpu import Parameters
+from manta.kernels.sampling_parameters import Parameters
 
 FLOATS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
 INTS = ("slot", "position", "seed", "top_k", "num_prompt_tokens", "min_tokens")
