@@ -30,8 +30,9 @@ def _cpu() -> ModuleType:
     return cpu_ops
 
 
-def _kernels_for(x: Tensor) -> Any:
-    return _cpu() if x.is_cpu else _gpu()
+def _kernels_for(x: Tensor, is_fp8: bool = False) -> Any:
+    """CPUs have kernels of their own, but none of fp8."""
+    return _gpu() if not x.is_cpu else reference if is_fp8 else _cpu()
 
 
 @cache
@@ -44,11 +45,6 @@ def _gpu() -> ModuleType:
     return gpu_ops
 
 
-def _form_for(x: Tensor) -> ModuleType:
-    """What runs where the CPU has no kernel of its own."""
-    return reference if x.is_cpu else _gpu()
-
-
 def has_gpu_kernels() -> bool:
     """Whether steps on a GPU launch nothing that waits for the device, as CUDA graphs need it."""
     return find_spec("triton") is not None
@@ -56,25 +52,22 @@ def has_gpu_kernels() -> bool:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out_scale: Tensor | None = None) -> Tensor:
     """Root mean square norm of x [T, hidden]; with out_scale (float32 [1]) divided by that, as float8_e4m3fn."""
-    if x.is_cpu and out_scale is None:
-        return rms_norm_cpu.rms_norm(x, weight, eps)
-    out: Tensor = _form_for(x).rms_norm(x, weight, eps, out_scale)
+    scales = () if out_scale is None else (out_scale,)
+    out: Tensor = _kernels_for(x, bool(scales)).rms_norm(x, weight, eps, *scales)
     return out
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, out_scale: Tensor | None = None) -> Tensor:
     """residual += x in place; returns its root mean square norm, as above. x, residual: [T, hidden]."""
-    if x.is_cpu and out_scale is None:
-        return rms_norm_cpu.add_rms_norm(x, residual, weight, eps)
-    out: Tensor = _form_for(x).add_rms_norm(x, residual, weight, eps, out_scale)
+    scales = () if out_scale is None else (out_scale,)
+    out: Tensor = _kernels_for(x, bool(scales)).add_rms_norm(x, residual, weight, eps, *scales)
     return out
 
 
 def silu_mul(gate_up: Tensor, out_scale: Tensor | None = None) -> Tensor:
     """[T, 2 * size], gate first -> silu(gate) * up [T, size]; out_scale as above."""
-    if gate_up.is_cpu and out_scale is None:
-        return silu_mul_cpu.silu_mul(gate_up)
-    out: Tensor = _form_for(gate_up).silu_mul(gate_up, out_scale)
+    scales = () if out_scale is None else (out_scale,)
+    out: Tensor = _kernels_for(gate_up, bool(scales)).silu_mul(gate_up, *scales)
     return out
 
 
@@ -94,11 +87,9 @@ def rope_kv_write(
 
     k_scale, v_scale: float32 [1], what keys and values are divided by in fp8 pages; None for other pages.
     """
-    if qkv.is_cpu and k_scale is None:
-        rope_kv_write_cpu.rope_kv_write(qkv, cos_sin, slot_mapping, keys, values, q_norm, k_norm, eps)
-    else:
-        write = _form_for(qkv).rope_kv_write
-        write(qkv, cos_sin, slot_mapping, keys, values, q_norm, k_norm, eps, k_scale, v_scale)
+    scales = () if k_scale is None else (k_scale, v_scale)
+    write = _kernels_for(qkv, bool(scales)).rope_kv_write
+    write(qkv, cos_sin, slot_mapping, keys, values, q_norm, k_norm, eps, *scales)
 
 
 _gpu_attention: attention.PagedAttention | None = None  # this process's; set once by use_attention
@@ -184,7 +175,8 @@ def make_row_sampler(device: torch.device) -> RowSampler | None:
 
 def logprobs(logits: Tensor, tokens: Tensor, num_best: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities [N] of tokens int64 [N]; ids and log-probabilities [N, num_best] of the best (up to 20)."""
-    found: tuple[Tensor, Tensor, Tensor] = _form_for(logits).logprobs(logits, tokens, num_best)
+    form = reference if logits.is_cpu else _gpu()
+    found: tuple[Tensor, Tensor, Tensor] = form.logprobs(logits, tokens, num_best)
     return found
 
 

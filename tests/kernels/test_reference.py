@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from manta.kernels import reference
+from manta.kernels import ops, reference
 from tests.support.paging import PagedSequences
 from tests.support.tolerances import KERNEL, relative_error
 
@@ -57,3 +57,30 @@ def test_attention_equals_dense_sdpa(window: int | None) -> None:
     )
     out = reference.paged_attention(q.flatten(1), keys, values, metadata, 0.3, window)
     assert relative_error(out, dense.transpose(0, 1).flatten(1)) < TOLERANCE
+
+
+@pytest.mark.parametrize("scale", [0.02, 1.0])
+def test_fp8_outputs_are_the_values_within_a_rounding(scale: float) -> None:
+    """Through `ops`, which takes the reference for them on a CPU: 3 bits of mantissa, nothing beyond 448."""
+    x, residual, weight, divisor = torch.randn(5, 24), torch.randn(5, 24), torch.rand(24), torch.tensor([scale])
+    pairs = [
+        (ops.rms_norm(x, weight, 1e-5, divisor), ops.rms_norm(x, weight, 1e-5)),
+        (ops.silu_mul(x * 4, divisor), ops.silu_mul(x * 4)),
+        (ops.add_rms_norm(x, residual.clone(), weight, 1e-5, divisor), ops.add_rms_norm(x, residual, weight, 1e-5)),
+    ]
+    for quantised, exact in pairs:
+        assert quantised.dtype == torch.float8_e4m3fn
+        expected = exact.clamp(-448 * scale, 448 * scale)
+        assert bool(((quantised.float() * scale - expected).abs() <= expected.abs() / 16 + scale * 2**-10).all())
+
+
+def test_fp8_pages_hold_what_other_pages_do_within_a_rounding() -> None:
+    metadata = PagedSequences(block_size=8, num_blocks=4).step([(0, 11)])
+    qkv, cos_sin = torch.randn(11, 4 * 16), torch.randn(11, 16)
+    exact = [torch.zeros(4, 1, 8, 16) for _ in range(2)]
+    quantised = [pages.to(torch.float8_e4m3fn) for pages in exact]
+    k_scale, v_scale = torch.tensor([0.5]), torch.tensor([0.25])
+    ops.rope_kv_write(qkv.clone(), cos_sin, metadata.slot_mapping, *quantised, k_scale=k_scale, v_scale=v_scale)
+    ops.rope_kv_write(qkv, cos_sin, metadata.slot_mapping, *exact)
+    for pages, expected, scale in zip(quantised, exact, (k_scale, v_scale), strict=True):
+        assert bool(((pages.float() * scale - expected).abs() <= expected.abs() / 16 + scale * 2**-10).all())
