@@ -3,6 +3,10 @@
 import subprocess
 import sys
 
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed")
+
 
 def test_workers_import_without_numba() -> None:
     modules = "manta.workers.rank, manta.workers.service, manta.workers.device_steps, manta.kernels.sample_triton"
