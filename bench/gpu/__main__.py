@@ -26,9 +26,10 @@ import correctness
 import engine
 import hardware
 import peers
+import small_kernels
 import torch
 
-PARTS = ("tests", "correctness", "attention", "engine", "peers")
+PARTS = ("tests", "correctness", "attention", "kernels", "engine", "peers")
 _ROOT = Path(__file__).parents[2]
 
 
@@ -101,6 +102,7 @@ def _parts(
         "tests": kernel_tests,
         "correctness": lambda: correctness.run(device),
         "attention": lambda: attention.run(device, limits, args.small),
+        "kernels": lambda: small_kernels.run(device, limits, args.small),
         "engine": engines,
         "peers": transformers,
     }
