@@ -5,6 +5,7 @@ import torch
 from manta.kernels.argmax_cpu import argmax
 from manta.kernels.cpu_decoder.layout import page_shape
 from manta.kernels.linear_cpu import make_linear
+from manta.kernels.logprobs_cpu import logprobs
 from manta.kernels.metadata import AttentionMetadata
 from manta.kernels.paged_attention_cpu import paged_attention
 from manta.kernels.rms_norm_cpu import add_rms_norm, rms_norm
@@ -16,6 +17,7 @@ __all__ = [
     "RowSampler",
     "add_rms_norm",
     "argmax",
+    "logprobs",
     "make_linear",
     "page_shape",
     "paged_attention",
@@ -29,6 +31,7 @@ __all__ = [
 def warm_up(dtype: torch.dtype, uses_decoder: bool) -> None:
     """Compiles what has not been compiled when the model was built."""
     argmax(torch.zeros(1, 1))
+    logprobs(torch.zeros(1, 1), torch.zeros(1, dtype=torch.int64), 1)
     if uses_decoder:
         return
     dim = 16

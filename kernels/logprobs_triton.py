@@ -1,4 +1,5 @@
-"""Log-probabilities on a GPU: those of the chosen tokens, and of each row's best, by one program per row.
+"""Log-probabilities on a GPU: those of the chosen tokens with their ranks, and of each row's best, by one program per
+row.
 
 log softmax(x) = x - max - log(sum(exp(x - max))). The best tokens are taken one after the other, each the first of the
 greatest behind the one before; from a short list where one can be made, else from the whole row.
@@ -23,7 +24,7 @@ from manta.kernels.row_search_triton import (
     sum_from,
 )
 
-MAX_BEST = 20
+MAX_BEST = 256
 
 
 @triton.jit
@@ -50,9 +51,20 @@ def _store_best(
         tl.store(best_logprobs + i, x_before - log_sum)
 
 
+@triton.jit
+def _count_above(source, count, limit, TILE: tl.constexpr):
+    """How many of the source are greater than the limit."""
+    column = tl.arange(0, TILE)
+    above = tl.zeros([TILE], tl.int32)
+    for start in tl.range(0, count, TILE, num_stages=STAGES):
+        x = tl.load(source + start + column, mask=start + column < count, other=float("-inf"))
+        above += (x > limit).to(tl.int32)
+    return tl.sum(above, axis=0)
+
+
 @triton.jit(do_not_specialize=["num_best"])
 def _logprobs_kernel(
-    logits, stride, tokens, chosen, best_ids, best_logprobs, list_values, list_ids, num_best,
+    logits, stride, tokens, chosen, ranks, best_ids, best_logprobs, list_values, list_ids, num_best,
     VOCAB_SIZE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -62,7 +74,9 @@ def _logprobs_kernel(
     top = tl.max(best, axis=0)
     scale = top * 0 + LOG2_E
     log_sum = top + tl.log(sum_from(logits, vocab_size, top, scale, 0, TILE)).to(tl.float32)
-    tl.store(chosen + row, tl.load(logits + tl.load(tokens + row)) - log_sum)
+    x = tl.load(logits + tl.load(tokens + row))
+    tl.store(chosen + row, x - log_sum)
+    tl.store(ranks + row, _count_above(logits, vocab_size, x, TILE).to(tl.int64) + 1)
     if num_best > 0:
         values, ids = list_values + row * TILE, list_ids + row * TILE
         store_columns(best, values, TILE)
@@ -80,25 +94,27 @@ def _logprobs_kernel(
             _store_best(logits, ids, vocab_size, log_sum, num_best, best_ids, best_logprobs, False, TILE)
 
 
-def logprobs(logits: Tensor, tokens: Tensor, num_best: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """The log-probabilities float32 [N] of tokens (int64 [N]), then ids (int64) and log-probabilities (float32) of the
-    num_best (up to 20) most probable tokens [N, num_best], in descending order.
+def logprobs(logits: Tensor, tokens: Tensor, num_best: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The log-probabilities float32 [N] and ranks int64 [N] of tokens (int64 [N]), then ids (int64) and
+    log-probabilities (float32) of the num_best (up to MAX_BEST) most probable tokens [N, num_best], in descending order.
 
-    logits: float32 [N, vocab], rows contiguous, as the sampler gets them: penalties change them in place.
+    logits: float32 [N, vocab], rows contiguous, as the model gives them: samplers may change them in place.
     """
     assert logits.dtype == torch.float32
     assert logits.stride(1) == 1
     num_rows, vocab_size = logits.shape
     assert 0 <= num_best <= min(MAX_BEST, vocab_size), f"the {num_best} best of {vocab_size} tokens"
-    chosen = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
-    best = torch.empty(num_rows, num_best, dtype=torch.float32, device=logits.device)
-    ids = torch.empty(num_rows, num_best, dtype=torch.int64, device=logits.device)
+    device = logits.device
+    chosen = torch.empty(num_rows, dtype=torch.float32, device=device)
+    ranks = torch.empty(num_rows, dtype=torch.int64, device=device)
+    best = torch.empty(num_rows, num_best, dtype=torch.float32, device=device)
+    ids = torch.empty(num_rows, num_best, dtype=torch.int64, device=device)
     if not num_rows:
-        return chosen, ids, best
-    values = torch.empty(num_rows, TILE, dtype=torch.float32, device=logits.device)
-    list_ids = torch.empty(num_rows, TILE, dtype=torch.int32, device=logits.device)
+        return chosen, ranks, ids, best
+    values = torch.empty(num_rows, TILE, dtype=torch.float32, device=device)
+    list_ids = torch.empty(num_rows, TILE, dtype=torch.int32, device=device)
     _logprobs_kernel[(num_rows,)](
-        logits, logits.stride(0), tokens, chosen, ids, best, values, list_ids, num_best,
+        logits, logits.stride(0), tokens, chosen, ranks, ids, best, values, list_ids, num_best,
         VOCAB_SIZE=vocab_size, TILE=TILE, num_warps=NUM_WARPS,
     )  # fmt: skip
-    return chosen, ids, best
+    return chosen, ranks, ids, best

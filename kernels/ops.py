@@ -173,10 +173,10 @@ def make_row_sampler(device: torch.device) -> RowSampler | None:
     return sampler
 
 
-def logprobs(logits: Tensor, tokens: Tensor, num_best: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities [N] of tokens int64 [N]; ids and log-probabilities [N, num_best] of the best (up to 20)."""
-    form = reference if logits.is_cpu else _gpu()
-    found: tuple[Tensor, Tensor, Tensor] = form.logprobs(logits, tokens, num_best)
+def logprobs(logits: Tensor, tokens: Tensor, num_best: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probabilities float32 and ranks int64 [N] of tokens int64 [N]; ids and log-probabilities [N, num_best] of the
+    best (up to 256)."""
+    found: tuple[Tensor, Tensor, Tensor, Tensor] = _kernels_for(logits).logprobs(logits, tokens, num_best)
     return found
 
 

@@ -6,38 +6,50 @@ Everything is computed in float32 and rounded once, to the input's dtype.
 import torch
 from torch import Tensor
 
+from manta.kernels.fp8 import Fp8Rows, quantize, to_e4m3
 from manta.kernels.metadata import AttentionMetadata
 
-E4M3_MAX = 448.0
 
-
-def to_e4m3(x: Tensor, scale: Tensor) -> Tensor:
-    """x / scale (float32 [1]) as float8_e4m3fn, to nearest; what is beyond its greatest value becomes that."""
-    return (x.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-
-
-def _rounded(wide: Tensor, dtype: torch.dtype, out_scale: Tensor | None) -> Tensor:
-    return wide.to(dtype) if out_scale is None else to_e4m3(wide, out_scale)
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float, out_scale: Tensor | None = None) -> Tensor:
-    """x: [..., size], weight: [size]. Returns x / sqrt(mean(x ** 2) + eps) * weight, of x's dtype or, where a scale
-    is given (float32 [1]), divided by that as float8_e4m3fn."""
+def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x.float()
-    wide = wide * torch.rsqrt(wide.pow(2).mean(dim=-1, keepdim=True) + eps)
-    return _rounded(wide * weight.float(), x.dtype, out_scale)
+    return wide * torch.rsqrt(wide.pow(2).mean(dim=-1, keepdim=True) + eps) * weight.float()
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, out_scale: Tensor | None = None) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x: [..., size], weight: [size]. Returns x / sqrt(mean(x ** 2) + eps) * weight."""
+    return _normed(x, weight, eps).to(x.dtype)
+
+
+def rms_norm_fp8(x: Tensor, weight: Tensor, eps: float, scale: Tensor | None = None) -> Fp8Rows:
+    """The same of x [T, size], quantised by scale (float32 [1]) or row by row."""
+    return quantize(_normed(x, weight, eps), scale)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
     """residual += x in place; returns the norm of it, as `rms_norm` does. x, residual: [T, hidden]."""
     residual.copy_(x.float() + residual.float())
-    return rms_norm(residual, weight, eps, out_scale)
+    return rms_norm(residual, weight, eps)
 
 
-def silu_mul(gate_up: Tensor, out_scale: Tensor | None = None) -> Tensor:
-    """[T, 2 * size], gate first -> silu(gate) * up [T, size]; out_scale as in `rms_norm`."""
+def add_rms_norm_fp8(x: Tensor, residual: Tensor, weight: Tensor, eps: float, scale: Tensor | None = None) -> Fp8Rows:
+    """The same, quantised as `rms_norm_fp8` does."""
+    residual.copy_(x.float() + residual.float())
+    return rms_norm_fp8(residual, weight, eps, scale)
+
+
+def _gated(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.float().chunk(2, dim=-1)
-    return _rounded(torch.nn.functional.silu(gate) * up, gate_up.dtype, out_scale)
+    return torch.nn.functional.silu(gate) * up
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """[T, 2 * size], gate first -> silu(gate) * up [T, size]."""
+    return _gated(gate_up).to(gate_up.dtype)
+
+
+def silu_mul_fp8(gate_up: Tensor, scale: Tensor | None = None) -> Fp8Rows:
+    """The same, quantised by scale (float32 [1]) or row by row."""
+    return quantize(_gated(gate_up), scale)
 
 
 def apply_rope(x: Tensor, cos_sin: Tensor) -> Tensor:
@@ -96,12 +108,19 @@ def rope_kv_write(
 
 
 def paged_attention(
-    q: Tensor, keys: Tensor, values: Tensor, metadata: AttentionMetadata, scale: float, window: int | None = None
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    metadata: AttentionMetadata,
+    scale: float,
+    window: int | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of q [T, num_heads * head_dim] over each row's pages; returns the same shape.
 
     The query at position p sees positions max(0, p - window + 1) : p + 1. Query head h uses KV head
-    h // (num_heads / num_kv_heads).
+    h // (num_heads / num_kv_heads). k_scale, v_scale: what keys and values are multiplied by, float32 [1].
     """
     num_kv_heads, block_size, dim = keys.shape[1:]
     out = torch.empty_like(q)
@@ -111,6 +130,8 @@ def paged_attention(
         blocks = metadata.block_tables[row, : -(-length // block_size)].long()
         k = keys[blocks].transpose(1, 2).reshape(-1, num_kv_heads, dim)[:length].float()
         v = values[blocks].transpose(1, 2).reshape(-1, num_kv_heads, dim)[:length].float()
+        if k_scale is not None and v_scale is not None:
+            k, v = k * k_scale, v * v_scale
         heads = q[start:end].view(end - start, num_kv_heads, -1, dim).float()
         scores = torch.einsum("qhgd,khd->hgqk", heads, k) * scale
         query_positions = torch.arange(length - (end - start), length, device=q.device)[:, None]
@@ -123,9 +144,12 @@ def paged_attention(
     return out
 
 
-def logprobs(logits: Tensor, tokens: Tensor, num_best: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """The log-probabilities float32 [N] of tokens (int64 [N]), then ids (int64) and log-probabilities (float32) of the
-    num_best most probable tokens [N, num_best], descending; equal ones by their ids. logits: float32 [N, vocab]."""
+def logprobs(logits: Tensor, tokens: Tensor, num_best: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The log-probabilities float32 [N] and ranks int64 [N] of tokens (int64 [N]), then ids (int64) and
+    log-probabilities (float32) of the num_best most probable tokens [N, num_best], descending; equal ones by their ids.
+
+    logits: float32 [N, vocab]. A rank is one more than the number of tokens that are more probable."""
     values = logits.log_softmax(dim=-1)
+    ranks = (logits > logits.gather(1, tokens[:, None])).sum(dim=-1) + 1
     ids = logits.sort(dim=-1, descending=True, stable=True).indices[:, :num_best]
-    return values.gather(1, tokens[:, None])[:, 0], ids, values.gather(1, ids)
+    return values.gather(1, tokens[:, None])[:, 0], ranks, ids, values.gather(1, ids)

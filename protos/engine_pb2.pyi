@@ -50,20 +50,32 @@ class Abort(_message.Message):
     def __init__(self, handles: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class EngineMessage(_message.Message):
-    __slots__ = ("handles", "tokens", "started", "finished", "refused", "error")
+    __slots__ = ("handles", "tokens", "started", "finished", "refused", "error", "logprobs")
     HANDLES_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     STARTED_FIELD_NUMBER: _ClassVar[int]
     FINISHED_FIELD_NUMBER: _ClassVar[int]
     REFUSED_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     handles: bytes
     tokens: bytes
     started: _containers.RepeatedCompositeFieldContainer[Started]
     finished: _containers.RepeatedCompositeFieldContainer[Finished]
     refused: _containers.RepeatedCompositeFieldContainer[Refused]
     error: str
-    def __init__(self, handles: _Optional[bytes] = ..., tokens: _Optional[bytes] = ..., started: _Optional[_Iterable[_Union[Started, _Mapping]]] = ..., finished: _Optional[_Iterable[_Union[Finished, _Mapping]]] = ..., refused: _Optional[_Iterable[_Union[Refused, _Mapping]]] = ..., error: _Optional[str] = ...) -> None: ...
+    logprobs: _containers.RepeatedCompositeFieldContainer[Logprobs]
+    def __init__(self, handles: _Optional[bytes] = ..., tokens: _Optional[bytes] = ..., started: _Optional[_Iterable[_Union[Started, _Mapping]]] = ..., finished: _Optional[_Iterable[_Union[Finished, _Mapping]]] = ..., refused: _Optional[_Iterable[_Union[Refused, _Mapping]]] = ..., error: _Optional[str] = ..., logprobs: _Optional[_Iterable[_Union[Logprobs, _Mapping]]] = ...) -> None: ...
+
+class Logprobs(_message.Message):
+    __slots__ = ("handle", "prompt", "sampled")
+    HANDLE_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_FIELD_NUMBER: _ClassVar[int]
+    SAMPLED_FIELD_NUMBER: _ClassVar[int]
+    handle: int
+    prompt: bytes
+    sampled: bytes
+    def __init__(self, handle: _Optional[int] = ..., prompt: _Optional[bytes] = ..., sampled: _Optional[bytes] = ...) -> None: ...
 
 class Started(_message.Message):
     __slots__ = ("handle", "num_cached_tokens", "queue_s")

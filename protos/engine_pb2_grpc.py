@@ -74,7 +74,8 @@ class EngineServicer(object):
     def Connect(self, request_iterator, context):
         """One stream per frontend: submits and aborts up, at most one message per step down. When the stream ends, the
         frontend's unfinished requests are aborted. The same messages may take a link instead, as described in worker.proto:
-        frames on a connection to the port or socket that GetInfo names, first its key.
+        frames on a connection to the port or socket that GetInfo names, first its key. A link that fails ends with an
+        EngineMessage that says why; the engine gives one up when nothing at all has come for 20 s.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -24,45 +24,51 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cmanta/protos/inference.proto\x12\x12manta.inference.v1\"\xf2\x04\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x03H\x07\x88\x01\x01\x12\x17\n\nmax_tokens\x18\t \x01(\x05H\x08\x88\x01\x01\x12\x17\n\nmin_tokens\x18\n \x01(\x05H\t\x88\x01\x01\x12\x0c\n\x04stop\x18\x0b \x03(\t\x12\x16\n\x0estop_token_ids\x18\x0c \x03(\x05\x12\x17\n\nignore_eos\x18\r \x01(\x08H\n\x88\x01\x01\x12\'\n\x1ainclude_stop_str_in_output\x18\x0e \x01(\x08H\x0b\x88\x01\x01\x12 \n\x13skip_special_tokens\x18\x0f \x01(\x08H\x0c\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\r\n\x0b_ignore_eosB\x1d\n\x1b_include_stop_str_in_outputB\x16\n\x14_skip_special_tokens\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"\xed\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12.\n\x06tokens\x18\x04 \x01(\x0b\x32\x1c.manta.inference.v1.TokenIdsH\x00\x12\x34\n\x08sampling\x18\x05 \x01(\x0b\x32\".manta.inference.v1.SamplingParams\x12\x0e\n\x06stream\x18\x06 \x01(\x08\x12\x15\n\x08priority\x18\x07 \x01(\x05H\x01\x88\x01\x01\x12\x12\n\ncache_salt\x18\x08 \x01(\t\x12:\n\x06output\x18\t \x01(\x0e\x32*.manta.inference.v1.GenerateRequest.Output\"3\n\x06Output\x12\x13\n\x0fTEXT_AND_TOKENS\x10\x00\x12\x08\n\x04TEXT\x10\x01\x12\n\n\x06TOKENS\x10\x02\x42\x08\n\x06promptB\x0b\n\t_priority\"\xc7\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\x05\x12\x15\n\rfinish_reason\x18\x04 \x01(\t\x12(\n\x05usage\x18\x05 \x01(\x0b\x32\x19.manta.inference.v1.Usage\x12\x15\n\x0bstop_string\x18\x06 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x07 \x01(\x05H\x00\x42\r\n\x0bstop_reason\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"W\n\x0fTokenizeRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x02 \x01(\x08H\x00\x88\x01\x01\x42\x15\n\x13_add_special_tokens\"6\n\x10TokenizeResponse\x12\x0b\n\x03ids\x18\x01 \x03(\x05\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\" \n\x11\x44\x65tokenizeRequest\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x1e\n\rAbortResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\"\x15\n\x13GetModelInfoRequest\"\x87\x02\n\x14GetModelInfoResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x03 \x01(\t\x12\x15\n\rmax_model_len\x18\x04 \x01(\r\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\x1c\n\x14tensor_parallel_size\x18\x06 \x01(\r\x12\x1e\n\x16pipeline_parallel_size\x18\x07 \x01(\r\x12\x1a\n\x12\x64\x61ta_parallel_size\x18\x08 \x01(\r\x12\x12\n\nnum_blocks\x18\t \x01(\r\x12\x12\n\nblock_size\x18\n \x01(\r\x12\x0f\n\x07version\x18\x0b \x01(\t\"\x10\n\x0eGetLoadRequest\"\x80\x01\n\x0fGetLoadResponse\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12\x17\n\x0fnum_free_blocks\x18\x03 \x01(\r\x12\x12\n\nnum_blocks\x18\x04 \x01(\r\x12\x16\n\x0ekv_cache_usage\x18\x05 \x01(\x01\x32\x9d\x04\n\tInference\x12W\n\x08Generate\x12#.manta.inference.v1.GenerateRequest\x1a$.manta.inference.v1.GenerateResponse0\x01\x12U\n\x08Tokenize\x12#.manta.inference.v1.TokenizeRequest\x1a$.manta.inference.v1.TokenizeResponse\x12[\n\nDetokenize\x12%.manta.inference.v1.DetokenizeRequest\x1a&.manta.inference.v1.DetokenizeResponse\x12L\n\x05\x41\x62ort\x12 .manta.inference.v1.AbortRequest\x1a!.manta.inference.v1.AbortResponse\x12\x61\n\x0cGetModelInfo\x12\'.manta.inference.v1.GetModelInfoRequest\x1a(.manta.inference.v1.GetModelInfoResponse\x12R\n\x07GetLoad\x12\".manta.inference.v1.GetLoadRequest\x1a#.manta.inference.v1.GetLoadResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cmanta/protos/inference.proto\x12\x12manta.inference.v1\"\xaf\x07\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x03H\x07\x88\x01\x01\x12\x17\n\nmax_tokens\x18\t \x01(\x05H\x08\x88\x01\x01\x12\x17\n\nmin_tokens\x18\n \x01(\x05H\t\x88\x01\x01\x12\x0c\n\x04stop\x18\x0b \x03(\t\x12\x16\n\x0estop_token_ids\x18\x0c \x03(\x05\x12\x17\n\nignore_eos\x18\r \x01(\x08H\n\x88\x01\x01\x12\'\n\x1ainclude_stop_str_in_output\x18\x0e \x01(\x08H\x0b\x88\x01\x01\x12 \n\x13skip_special_tokens\x18\x0f \x01(\x08H\x0c\x88\x01\x01\x12\x15\n\x08logprobs\x18\x10 \x01(\x05H\r\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x11 \x01(\x05H\x0e\x88\x01\x01\x12\x45\n\nlogit_bias\x18\x12 \x03(\x0b\x32\x31.manta.inference.v1.SamplingParams.LogitBiasEntry\x12\x19\n\x11\x61llowed_token_ids\x18\x13 \x03(\x05\x12\x11\n\tbad_words\x18\x14 \x03(\t\x12#\n\x16truncate_prompt_tokens\x18\x15 \x01(\x05H\x0f\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\r\n\x0b_ignore_eosB\x1d\n\x1b_include_stop_str_in_outputB\x16\n\x14_skip_special_tokensB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobsB\x19\n\x17_truncate_prompt_tokens\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"\xa5\x03\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12.\n\x06tokens\x18\x04 \x01(\x0b\x32\x1c.manta.inference.v1.TokenIdsH\x00\x12\x34\n\x08sampling\x18\x05 \x01(\x0b\x32\".manta.inference.v1.SamplingParams\x12\x0e\n\x06stream\x18\x06 \x01(\x08\x12\x15\n\x08priority\x18\x07 \x01(\x05H\x01\x88\x01\x01\x12\x12\n\ncache_salt\x18\x08 \x01(\t\x12:\n\x06output\x18\t \x01(\x0e\x32*.manta.inference.v1.GenerateRequest.Output\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\n \x01(\x08H\x02\x88\x01\x01\"3\n\x06Output\x12\x13\n\x0fTEXT_AND_TOKENS\x10\x00\x12\x08\n\x04TEXT\x10\x01\x12\n\n\x06TOKENS\x10\x02\x42\x08\n\x06promptB\x0b\n\t_priorityB\x15\n\x13_add_special_tokens\"\xb8\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\x05\x12\x15\n\rfinish_reason\x18\x04 \x01(\t\x12(\n\x05usage\x18\x05 \x01(\x0b\x32\x19.manta.inference.v1.Usage\x12\x15\n\x0bstop_string\x18\x06 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x07 \x01(\x05H\x00\x12\x33\n\x08logprobs\x18\x08 \x03(\x0b\x32!.manta.inference.v1.TokenLogprobs\x12:\n\x0fprompt_logprobs\x18\t \x03(\x0b\x32!.manta.inference.v1.TokenLogprobsB\r\n\x0bstop_reason\"g\n\rTokenLogprobs\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x0c\n\x04rank\x18\x03 \x01(\x05\x12\x0f\n\x07top_ids\x18\x04 \x03(\x05\x12\x14\n\x0ctop_logprobs\x18\x05 \x03(\x02\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"W\n\x0fTokenizeRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x02 \x01(\x08H\x00\x88\x01\x01\x42\x15\n\x13_add_special_tokens\"6\n\x10TokenizeResponse\x12\x0b\n\x03ids\x18\x01 \x03(\x05\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\" \n\x11\x44\x65tokenizeRequest\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x1e\n\rAbortResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\"\x15\n\x13GetModelInfoRequest\"\x87\x02\n\x14GetModelInfoResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x03 \x01(\t\x12\x15\n\rmax_model_len\x18\x04 \x01(\r\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\x1c\n\x14tensor_parallel_size\x18\x06 \x01(\r\x12\x1e\n\x16pipeline_parallel_size\x18\x07 \x01(\r\x12\x1a\n\x12\x64\x61ta_parallel_size\x18\x08 \x01(\r\x12\x12\n\nnum_blocks\x18\t \x01(\r\x12\x12\n\nblock_size\x18\n \x01(\r\x12\x0f\n\x07version\x18\x0b \x01(\t\"\x10\n\x0eGetLoadRequest\"\x80\x01\n\x0fGetLoadResponse\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12\x17\n\x0fnum_free_blocks\x18\x03 \x01(\r\x12\x12\n\nnum_blocks\x18\x04 \x01(\r\x12\x16\n\x0ekv_cache_usage\x18\x05 \x01(\x01\x32\x9d\x04\n\tInference\x12W\n\x08Generate\x12#.manta.inference.v1.GenerateRequest\x1a$.manta.inference.v1.GenerateResponse0\x01\x12U\n\x08Tokenize\x12#.manta.inference.v1.TokenizeRequest\x1a$.manta.inference.v1.TokenizeResponse\x12[\n\nDetokenize\x12%.manta.inference.v1.DetokenizeRequest\x1a&.manta.inference.v1.DetokenizeResponse\x12L\n\x05\x41\x62ort\x12 .manta.inference.v1.AbortRequest\x1a!.manta.inference.v1.AbortResponse\x12\x61\n\x0cGetModelInfo\x12\'.manta.inference.v1.GetModelInfoRequest\x1a(.manta.inference.v1.GetModelInfoResponse\x12R\n\x07GetLoad\x12\".manta.inference.v1.GetLoadRequest\x1a#.manta.inference.v1.GetLoadResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'manta.protos.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
   _globals['_SAMPLINGPARAMS']._serialized_start=53
-  _globals['_SAMPLINGPARAMS']._serialized_end=679
-  _globals['_TOKENIDS']._serialized_start=681
-  _globals['_TOKENIDS']._serialized_end=704
-  _globals['_GENERATEREQUEST']._serialized_start=707
-  _globals['_GENERATEREQUEST']._serialized_end=1072
-  _globals['_GENERATEREQUEST_OUTPUT']._serialized_start=998
-  _globals['_GENERATEREQUEST_OUTPUT']._serialized_end=1049
-  _globals['_GENERATERESPONSE']._serialized_start=1075
-  _globals['_GENERATERESPONSE']._serialized_end=1274
-  _globals['_USAGE']._serialized_start=1276
-  _globals['_USAGE']._serialized_end=1356
-  _globals['_TOKENIZEREQUEST']._serialized_start=1358
-  _globals['_TOKENIZEREQUEST']._serialized_end=1445
-  _globals['_TOKENIZERESPONSE']._serialized_start=1447
-  _globals['_TOKENIZERESPONSE']._serialized_end=1501
-  _globals['_DETOKENIZEREQUEST']._serialized_start=1503
-  _globals['_DETOKENIZEREQUEST']._serialized_end=1535
-  _globals['_DETOKENIZERESPONSE']._serialized_start=1537
-  _globals['_DETOKENIZERESPONSE']._serialized_end=1571
-  _globals['_ABORTREQUEST']._serialized_start=1573
-  _globals['_ABORTREQUEST']._serialized_end=1607
-  _globals['_ABORTRESPONSE']._serialized_start=1609
-  _globals['_ABORTRESPONSE']._serialized_end=1639
-  _globals['_GETMODELINFOREQUEST']._serialized_start=1641
-  _globals['_GETMODELINFOREQUEST']._serialized_end=1662
-  _globals['_GETMODELINFORESPONSE']._serialized_start=1665
-  _globals['_GETMODELINFORESPONSE']._serialized_end=1928
-  _globals['_GETLOADREQUEST']._serialized_start=1930
-  _globals['_GETLOADREQUEST']._serialized_end=1946
-  _globals['_GETLOADRESPONSE']._serialized_start=1949
-  _globals['_GETLOADRESPONSE']._serialized_end=2077
-  _globals['_INFERENCE']._serialized_start=2080
-  _globals['_INFERENCE']._serialized_end=2621
+  _globals['_SAMPLINGPARAMS']._serialized_end=996
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=667
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=715
+  _globals['_TOKENIDS']._serialized_start=998
+  _globals['_TOKENIDS']._serialized_end=1021
+  _globals['_GENERATEREQUEST']._serialized_start=1024
+  _globals['_GENERATEREQUEST']._serialized_end=1445
+  _globals['_GENERATEREQUEST_OUTPUT']._serialized_start=1348
+  _globals['_GENERATEREQUEST_OUTPUT']._serialized_end=1399
+  _globals['_GENERATERESPONSE']._serialized_start=1448
+  _globals['_GENERATERESPONSE']._serialized_end=1760
+  _globals['_TOKENLOGPROBS']._serialized_start=1762
+  _globals['_TOKENLOGPROBS']._serialized_end=1865
+  _globals['_USAGE']._serialized_start=1867
+  _globals['_USAGE']._serialized_end=1947
+  _globals['_TOKENIZEREQUEST']._serialized_start=1949
+  _globals['_TOKENIZEREQUEST']._serialized_end=2036
+  _globals['_TOKENIZERESPONSE']._serialized_start=2038
+  _globals['_TOKENIZERESPONSE']._serialized_end=2092
+  _globals['_DETOKENIZEREQUEST']._serialized_start=2094
+  _globals['_DETOKENIZEREQUEST']._serialized_end=2126
+  _globals['_DETOKENIZERESPONSE']._serialized_start=2128
+  _globals['_DETOKENIZERESPONSE']._serialized_end=2162
+  _globals['_ABORTREQUEST']._serialized_start=2164
+  _globals['_ABORTREQUEST']._serialized_end=2198
+  _globals['_ABORTRESPONSE']._serialized_start=2200
+  _globals['_ABORTRESPONSE']._serialized_end=2230
+  _globals['_GETMODELINFOREQUEST']._serialized_start=2232
+  _globals['_GETMODELINFOREQUEST']._serialized_end=2253
+  _globals['_GETMODELINFORESPONSE']._serialized_start=2256
+  _globals['_GETMODELINFORESPONSE']._serialized_end=2519
+  _globals['_GETLOADREQUEST']._serialized_start=2521
+  _globals['_GETLOADREQUEST']._serialized_end=2537
+  _globals['_GETLOADRESPONSE']._serialized_start=2540
+  _globals['_GETLOADRESPONSE']._serialized_end=2668
+  _globals['_INFERENCE']._serialized_start=2671
+  _globals['_INFERENCE']._serialized_end=3212
 # @@protoc_insertion_point(module_scope)

@@ -117,7 +117,7 @@ class StepPlan(_message.Message):
     def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., lane: _Optional[int] = ..., frees: _Optional[bytes] = ..., adds: _Optional[_Iterable[_Union[SeqAdd, _Mapping]]] = ..., grow: _Optional[_Iterable[int]] = ..., copies: _Optional[bytes] = ..., holds: _Optional[bytes] = ..., prefill_slots: _Optional[bytes] = ..., prefill_lengths: _Optional[bytes] = ...) -> None: ...
 
 class StepResult(_message.Message):
-    __slots__ = ("epoch", "step", "tokens", "device_us", "idle_us", "queue_us", "error")
+    __slots__ = ("epoch", "step", "tokens", "device_us", "idle_us", "queue_us", "error", "logprobs")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -125,6 +125,7 @@ class StepResult(_message.Message):
     IDLE_US_FIELD_NUMBER: _ClassVar[int]
     QUEUE_US_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     step: int
     tokens: bytes
@@ -132,4 +133,5 @@ class StepResult(_message.Message):
     idle_us: int
     queue_us: int
     error: str
-    def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., tokens: _Optional[bytes] = ..., device_us: _Optional[int] = ..., idle_us: _Optional[int] = ..., queue_us: _Optional[int] = ..., error: _Optional[str] = ...) -> None: ...
+    logprobs: bytes
+    def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., tokens: _Optional[bytes] = ..., device_us: _Optional[int] = ..., idle_us: _Optional[int] = ..., queue_us: _Optional[int] = ..., error: _Optional[str] = ..., logprobs: _Optional[bytes] = ...) -> None: ...

@@ -32,8 +32,9 @@ class WorkerStub(object):
 
     A message on a gRPC stream costs each side many times the processor time of a frame on a plain socket. So plans and
     results may take a link instead: a connection to the port or socket that Describe names. Either side sends frames,
-    each a uint32 little-endian length and so many bytes: first the key of Describe, then StepPlans down and StepResults
-    up as in Run. The worker sends empty frames back, and gives the link up when nothing at all has come for 30 s.
+    each a uint32 little-endian length and so many bytes: first the key of Describe, which the worker sends back, then
+    StepPlans down and StepResults up as in Run. The worker sends empty frames back, too, and gives the link up when
+    nothing at all has come for 30 s.
     """
 
     def __init__(self, channel):
@@ -71,8 +72,9 @@ class WorkerServicer(object):
 
     A message on a gRPC stream costs each side many times the processor time of a frame on a plain socket. So plans and
     results may take a link instead: a connection to the port or socket that Describe names. Either side sends frames,
-    each a uint32 little-endian length and so many bytes: first the key of Describe, then StepPlans down and StepResults
-    up as in Run. The worker sends empty frames back, and gives the link up when nothing at all has come for 30 s.
+    each a uint32 little-endian length and so many bytes: first the key of Describe, which the worker sends back, then
+    StepPlans down and StepResults up as in Run. The worker sends empty frames back, too, and gives the link up when
+    nothing at all has come for 30 s.
     """
 
     def Describe(self, request, context):
@@ -140,8 +142,9 @@ class Worker(object):
 
     A message on a gRPC stream costs each side many times the processor time of a frame on a plain socket. So plans and
     results may take a link instead: a connection to the port or socket that Describe names. Either side sends frames,
-    each a uint32 little-endian length and so many bytes: first the key of Describe, then StepPlans down and StepResults
-    up as in Run. The worker sends empty frames back, and gives the link up when nothing at all has come for 30 s.
+    each a uint32 little-endian length and so many bytes: first the key of Describe, which the worker sends back, then
+    StepPlans down and StepResults up as in Run. The worker sends empty frames back, too, and gives the link up when
+    nothing at all has come for 30 s.
     """
 
     @staticmethod
