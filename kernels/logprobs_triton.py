@@ -96,7 +96,7 @@ def _logprobs_kernel(
 
 def logprobs(logits: Tensor, tokens: Tensor, num_best: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The log-probabilities float32 [N] and ranks int64 [N] of tokens (int64 [N]), then ids (int64) and
-    log-probabilities (float32) of the num_best (up to MAX_BEST) most probable tokens [N, num_best], in descending order.
+    log-probabilities (float32) of the num_best (up to MAX_BEST) most probable tokens [N, num_best], descending.
 
     logits: float32 [N, vocab], rows contiguous, as the model gives them: samplers may change them in place.
     """
