@@ -1,7 +1,7 @@
 """Chooses the next token of every row that samples.
 
-Order, as in vLLM: min_tokens and penalties, then temperature, then min_p and top_k, then top_p on what these leave,
-then one draw. Greedy rows take the best token after min_tokens and penalties.
+Order, as in vLLM: allowed tokens, bad words and biases, then min_tokens and penalties, then temperature, then min_p and
+top_k, then top_p on what these leave, then one draw. Greedy rows take the best token after min_tokens and penalties.
 """
 
 import numpy as np
@@ -10,10 +10,14 @@ from torch import Tensor
 
 from manta.kernels import ops
 from manta.workers.columns import Ints
+from manta.workers.constraints import Constraints
 from manta.workers.draws import uniform
 from manta.workers.filters import drop_below, top_k_cutoff, top_p_cutoff
 from manta.workers.penalties import apply_penalties, mask_stop_tokens
+from manta.workers.records import Records
 from manta.workers.sampling_table import SamplingTable
+from manta.workers.scorer import Scorer
+from manta.workers.slot_table import Rows
 from manta.workers.token_table import TokenTable
 from manta.workers.transfer import upload
 
@@ -24,7 +28,21 @@ class Sampler:
     def __init__(self, table: SamplingTable, tokens: TokenTable) -> None:
         self._table = table
         self._tokens = tokens
+        self._constraints = Constraints(table.constraints, tokens)
         self._row_sampler = ops.make_row_sampler(tokens.ids.device)
+
+    def sample_rows(self, logits: Tensor, rows: Rows, scorer: Scorer) -> tuple[Tensor, list[Records]]:
+        """As `sample`, for the rows of a step that sample; with log-probabilities for those that ask."""
+        slots, positions = rows.sampled_slots, rows.sampled_positions
+        asking = scorer.asking(slots)
+        if asking is None:
+            return self.sample(logits, slots, positions), []
+        index, num_best = asking
+        (on_device,) = upload([index], logits.device)
+        is_as_said = index.size == slots.size and not self._table.changes_logits(slots)
+        said = logits if is_as_said else logits[on_device]  # what the model said
+        tokens = self.sample(logits, slots, positions)
+        return tokens, [scorer.of_sampled(said, tokens[on_device], rows.sampled[index], num_best)]
 
     def sample(self, logits: Tensor, slots: Ints, positions: Ints) -> Tensor:
         """Token ids int64 [N], on the device.
@@ -33,6 +51,8 @@ class Sampler:
         positions[i] of its sequence (both on the host).
         """
         table = self._table
+        if table.constraints:
+            self._constraints.apply(logits, slots, positions)
         if self._row_sampler is None:
             return self._sample_in_torch(logits, slots, positions)
         if not (table.temperature[slots].any() or table.penalised[slots].any() or table.min_tokens[slots].any()):

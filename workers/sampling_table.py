@@ -4,7 +4,8 @@ import numpy as np
 
 from manta.configs.sampling import GREEDY_BELOW
 from manta.protos.sampling_pb2 import Sampling
-from manta.workers.columns import grown
+from manta.workers.columns import Ints, grown
+from manta.workers.constraints import Constraint
 
 NO_TOKEN = -1
 _COLUMNS = (
@@ -17,7 +18,8 @@ class SamplingTable:
     """Columns read by the sampler; their meaning is that of `protos/sampling.proto`, off-values included.
 
     Temperatures that mean greedy are 0 here. `penalised` marks the slots with any penalty. `stop_token_ids` is int64
-    [slots, ids], padded with NO_TOKEN.
+    [slots, ids], padded with NO_TOKEN. What few slots ask for is in dicts, by slot: a step looks there only if they
+    have anything.
     """
 
     def __init__(self, vocab_size: int) -> None:
@@ -34,9 +36,12 @@ class SamplingTable:
         self.num_prompt_tokens = np.zeros(16, np.int64)
         self.min_tokens = np.zeros(16, np.int64)
         self.stop_token_ids = np.full((16, 4), NO_TOKEN, np.int64)
+        self.constraints: dict[int, Constraint] = {}
+        self.num_logprobs: dict[int, int] = {}
+        self.num_prompt_logprobs: dict[int, int] = {}
 
     def set(self, slot: int, sampling: Sampling, num_prompt_tokens: int) -> None:
-        """Stores one sequence's parameters."""
+        """Stores one sequence's parameters. Raises PlanError."""
         if slot >= self.temperature.size:
             for name in _COLUMNS:
                 setattr(self, name, grown(getattr(self, name), slot + 1))
@@ -54,6 +59,33 @@ class SamplingTable:
         self.num_prompt_tokens[slot] = num_prompt_tokens
         self.min_tokens[slot] = sampling.min_tokens
         self._set_stop_token_ids(slot, [token for token in sampling.stop_token_ids if token < self._vocab_size])
+        self._forget(slot)
+        constraint = Constraint.of(slot, sampling, num_prompt_tokens, self._vocab_size)
+        if constraint is not None:
+            self.constraints[slot] = constraint
+        if sampling.HasField("num_logprobs"):
+            self.num_logprobs[slot] = sampling.num_logprobs
+        if sampling.HasField("num_prompt_logprobs"):
+            self.num_prompt_logprobs[slot] = sampling.num_prompt_logprobs
+
+    def free(self, slots: Ints) -> None:
+        """These slots ask for nothing any more."""
+        if self.constraints or self.num_logprobs or self.num_prompt_logprobs:
+            for slot in slots.tolist():
+                self._forget(slot)
+
+    def clear(self) -> None:
+        """As `free`, of all slots."""
+        for by_slot in (self.constraints, self.num_logprobs, self.num_prompt_logprobs):
+            by_slot.clear()
+
+    def changes_logits(self, slots: Ints) -> bool:
+        """Whether choosing tokens for any of the slots may change their logits in place."""
+        return bool(self.constraints or self.penalised[slots].any() or self.min_tokens[slots].any())
+
+    def _forget(self, slot: int) -> None:
+        for by_slot in (self.constraints, self.num_logprobs, self.num_prompt_logprobs):
+            by_slot.pop(slot, None)
 
     def _set_stop_token_ids(self, slot: int, token_ids: list[int]) -> None:
         num_slots, width = self.stop_token_ids.shape

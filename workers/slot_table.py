@@ -78,6 +78,7 @@ class SlotTable:
 
     def clear(self) -> None:
         """Frees every slot."""
+        self._sampling.clear()
         self.in_use = np.zeros(16, np.bool_)
         self.decoding = np.zeros(16, np.bool_)
         self.lane = np.zeros(16, np.int64)
@@ -111,6 +112,7 @@ class SlotTable:
             raise PlanError(f"frees names a slot twice: {slots.tolist()}")
         self.in_use[slots] = False
         self.decoding[slots] = False
+        self._sampling.free(slots)
 
     def _add(self, add: SeqAdd) -> None:
         slot, limits = add.slot, self._limits

@@ -19,3 +19,10 @@ def upload(columns: Sequence[NDArray[np.generic]], device: torch.device) -> list
     flat = torch.from_numpy(np.concatenate([column.reshape(-1) for column in columns]))
     parts = torch.split(flat.pin_memory().to(device, non_blocking=True), [column.size for column in columns])
     return [part.view(column.shape) for part, column in zip(parts, columns, strict=True)]
+
+
+def download(x: Tensor) -> Tensor:
+    """The tensor in host memory. From a GPU the copy is only launched: its contents are there when the step is over."""
+    if x.device.type == "cpu":
+        return x
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
