@@ -28,8 +28,7 @@ class PagedAttention(Protocol):
     ) -> Tensor: ...
 
 
-def _unquantised(
-    form: str,
+def on_cpu(
     q: Tensor,
     keys: Tensor,
     values: Tensor,
@@ -39,16 +38,12 @@ def _unquantised(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> Tensor:
-    if k_scale is not None or v_scale is not None:
-        raise ValueError(f"attention by {form} reads no fp8 pages; a GPU with triton does")
-    if form == "cpu":
-        from manta.kernels import paged_attention_cpu  # needs numba
+    """Attention for CPUs; of fp8 pages, which its kernel does not read, through torch."""
+    if k_scale is not None:
+        return paged_attention_sdpa.paged_attention(q, keys, values, metadata, scale, window, k_scale, v_scale)
+    from manta.kernels import paged_attention_cpu  # needs numba
 
-        return paged_attention_cpu.paged_attention(q, keys, values, metadata, scale, window)
-    return paged_attention_sdpa.paged_attention(q, keys, values, metadata, scale, window)
-
-
-on_cpu: PagedAttention = partial(_unquantised, "cpu")
+    return paged_attention_cpu.paged_attention(q, keys, values, metadata, scale, window)
 
 
 def on_gpu(form: str | None = None, batch_invariant: bool = False) -> PagedAttention:
@@ -65,7 +60,7 @@ def on_gpu(form: str | None = None, batch_invariant: bool = False) -> PagedAtten
     if batch_invariant and form != "triton":
         raise ValueError(f"attention by {form} depends on the batch; batch-invariant attention takes triton")
     if form == "sdpa":
-        return partial(_unquantised, "sdpa")
+        return paged_attention_sdpa.paged_attention
     if find_spec(form) is None:
         raise ValueError(f"attention by {form} needs the package {form!r}, which is not installed")
     if form == "flashinfer":

@@ -31,3 +31,18 @@ def store_rounded(pointer, x, scale, mask, IS_FP8: tl.constexpr):
         tl.store(pointer, to_e4m3(x / scale), mask=mask)
     else:
         tl.store(pointer, x.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def store_fp8(out, scales, y, scale, inside, IS_DYNAMIC: tl.constexpr):
+    """Stores y (float32, 0 where not inside) / s as e4m3 to uint8, and s to `scales`.
+
+    s is the value at `scale`, or with IS_DYNAMIC the greatest magnitude of y / 448, as `fp8.quantize` has it.
+    """
+    if IS_DYNAMIC:
+        most = tl.max(tl.abs(y), axis=0)
+        s = tl.where(most > 0.0, most * (1.0 / 448.0), 1.0)
+    else:
+        s = tl.load(scale)
+    tl.store(scales, s)
+    tl.store(out, to_e4m3(y / s), mask=inside)

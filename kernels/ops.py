@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from manta.kernels import attention, reference, step_tensors
+from manta.kernels import attention, linears, reference, step_tensors
 from manta.kernels.cpu_decoder import memory
+from manta.kernels.fp8 import Fp8Rows
 from manta.kernels.metadata import AttentionMetadata, KVCache
 from manta.kernels.sampling_parameters import Parameters
 
@@ -50,25 +50,46 @@ def has_gpu_kernels() -> bool:
     return find_spec("triton") is not None
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, out_scale: Tensor | None = None) -> Tensor:
-    """Root mean square norm of x [T, hidden]; with out_scale (float32 [1]) divided by that, as float8_e4m3fn."""
-    scales = () if out_scale is None else (out_scale,)
-    out: Tensor = _kernels_for(x, bool(scales)).rms_norm(x, weight, eps, *scales)
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root mean square norm of x [T, hidden]."""
+    out: Tensor = _kernels_for(x).rms_norm(x, weight, eps)
     return out
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, out_scale: Tensor | None = None) -> Tensor:
-    """residual += x in place; returns its root mean square norm, as above. x, residual: [T, hidden]."""
-    scales = () if out_scale is None else (out_scale,)
-    out: Tensor = _kernels_for(x, bool(scales)).add_rms_norm(x, residual, weight, eps, *scales)
+def rms_norm_fp8(x: Tensor, weight: Tensor, eps: float, scale: Tensor | None = None) -> Fp8Rows:
+    """The same as fp8, quantised by scale (float32 [1]) or, without one, by each row's own."""
+    rows: Fp8Rows = _kernels_for(x, is_fp8=True).rms_norm_fp8(x, weight, eps, scale)
+    return rows
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """residual += x in place; returns its root mean square norm. x, residual: [T, hidden]."""
+    out: Tensor = _kernels_for(x).add_rms_norm(x, residual, weight, eps)
     return out
 
 
-def silu_mul(gate_up: Tensor, out_scale: Tensor | None = None) -> Tensor:
-    """[T, 2 * size], gate first -> silu(gate) * up [T, size]; out_scale as above."""
-    scales = () if out_scale is None else (out_scale,)
-    out: Tensor = _kernels_for(gate_up, bool(scales)).silu_mul(gate_up, *scales)
+def add_rms_norm_fp8(x: Tensor, residual: Tensor, weight: Tensor, eps: float, scale: Tensor | None = None) -> Fp8Rows:
+    """The same as fp8, as `rms_norm_fp8` gives it."""
+    rows: Fp8Rows = _kernels_for(x, is_fp8=True).add_rms_norm_fp8(x, residual, weight, eps, scale)
+    return rows
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """[T, 2 * size], gate first -> silu(gate) * up [T, size]."""
+    out: Tensor = _kernels_for(gate_up).silu_mul(gate_up)
     return out
+
+
+def silu_mul_fp8(gate_up: Tensor, scale: Tensor | None = None) -> Fp8Rows:
+    """The same as fp8, quantised by scale (float32 [1]) or, without one, by each row's own."""
+    rows: Fp8Rows = _kernels_for(gate_up, is_fp8=True).silu_mul_fp8(gate_up, scale)
+    return rows
+
+
+def quantize(x: Tensor, scale: Tensor | None = None) -> Fp8Rows:
+    """x [T, size] as fp8, likewise."""
+    rows: Fp8Rows = _kernels_for(x, is_fp8=True).quantize(x, scale)
+    return rows
 
 
 def rope_kv_write(
@@ -92,13 +113,23 @@ def rope_kv_write(
     write(qkv, cos_sin, slot_mapping, keys, values, q_norm, k_norm, eps, *scales)
 
 
-_gpu_attention: attention.PagedAttention | None = None  # this process's; set once by use_attention
+# This process's; set once by use_attention.
+_gpu_attention: attention.PagedAttention | None = None
+_batch_invariant = False
 
 
 def use_attention(form: str | None = None, batch_invariant: bool = False) -> None:
-    """What `paged_attention` runs on GPUs from now on, as attention.on_gpu says; without this call, the default."""
-    global _gpu_attention
-    _gpu_attention = attention.on_gpu(form, batch_invariant)
+    """What `paged_attention` runs on GPUs from now on, as attention.on_gpu says; without this call, the default.
+
+    batch_invariant: linears that are made from now on do not depend on the batch either. Raises ValueError.
+    """
+    global _gpu_attention, _batch_invariant
+    _gpu_attention, _batch_invariant = attention.on_gpu(form, batch_invariant), batch_invariant
+
+
+def is_batch_invariant() -> bool:
+    """Whether a token's result must not depend, on a GPU, on what else is in its step."""
+    return _batch_invariant
 
 
 def paged_attention(
@@ -126,9 +157,21 @@ def paged_attention(
 def make_linear(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
     """The function [T, in] -> [T, out] of weight [out, in] and bias [out]; may hold a copy instead of the weight."""
     if not weight.is_cpu:
-        return lambda x: F.linear(x, weight, bias)
+        return linears.make_linear(weight, bias, _batch_invariant)
     apply: Callable[[Tensor], Tensor] = _cpu().make_linear(weight, bias)
     return apply
+
+
+def has_fp8_products(device: torch.device) -> bool:
+    """Whether `make_fp8_linear` is for this device; elsewhere weights of fp8 are better widened when they are read."""
+    return linears.has_fp8_products(device)
+
+
+def make_fp8_linear(
+    weight: Tensor, weight_scales: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Callable[[Fp8Rows], Tensor]:
+    """The function Fp8Rows of [T, in] -> [T, out] of dtype; weight float8_e4m3fn [out, in], scales float32 [out]."""
+    return linears.make_fp8_linear(weight, weight_scales, bias, dtype, _batch_invariant)
 
 
 def build_inputs(
@@ -188,9 +231,12 @@ def make_block_copier(kv_cache: KVCache) -> Any:
 def uses_cpu_decoder(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the whole decoder runs as one kernel (`cpu_decoder`) instead of the operations above.
 
-    On every CPU but for bfloat16 on those with matrix units (AMX), which oneDNN uses and `cpu_decoder` does not.
+    dtype: of the KV cache. On every CPU but for bfloat16 on those with matrix units (AMX), which oneDNN uses and
+    `cpu_decoder` does not, and for fp8.
     """
-    return device.type == "cpu" and not (dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported())
+    if device.type != "cpu" or dtype == torch.float8_e4m3fn:
+        return False
+    return not (dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported())
 
 
 def page_shape(block_size: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> tuple[int, int]:

@@ -17,9 +17,21 @@ MAX_VALUES = 1 << 27  # in one tensor of keys, values or scores, unless a single
 
 
 def paged_attention(
-    q: Tensor, keys: Tensor, values: Tensor, metadata: AttentionMetadata, scale: float, window: int | None = None
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    metadata: AttentionMetadata,
+    scale: float,
+    window: int | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
-    """Same contract as reference.paged_attention. Decode rows and prefill rows are attended apart."""
+    """Same contract as reference.paged_attention. Decode rows and prefill rows are attended apart.
+
+    The scale of fp8 keys is applied to the queries, that of values to the result: gathered pages are only widened.
+    """
+    if k_scale is not None:
+        q = (q.float() * k_scale).to(q.dtype)
     num_tokens, num_decodes, longest = q.shape[0], metadata.num_decodes, metadata.max_query_len
     heads = q.view(num_tokens, -1, keys.shape[3])  # [T, num_heads, head_dim]
     out = heads.new_empty(num_tokens + 1, *heads.shape[1:])  # one token more takes what is computed of padding
@@ -33,11 +45,19 @@ def paged_attention(
         prefills = heads[tokens.clamp(max=num_tokens - 1)].transpose(1, 2)  # [rows, num_heads, longest, head_dim]
         attended = _attend_rows(prefills, keys, values, metadata, rows, scale, window)
         out[torch.where(tokens < starts[1:, None], tokens, num_tokens)] = attended.transpose(1, 2)
-    return out[:num_tokens].reshape(q.shape)
+    out = out[:num_tokens].reshape(q.shape)
+    return out if v_scale is None else (out.float() * v_scale).to(out.dtype)
 
 
 def _groups(first: int, last: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, last)) for start in range(first, last, size))
+
+
+def _gathered(cache: Tensor, tables: Tensor) -> Tensor:
+    """Pages by tables [rows, blocks]; bytes of fp8, which not every device can index."""
+    if cache.element_size() == 1:
+        return cache.view(torch.uint8)[tables].view(cache.dtype)
+    return cache[tables]
 
 
 def _attend_rows(
@@ -55,7 +75,7 @@ def _attend_rows(
     num_blocks = -(-metadata.max_seq_len // block_size)
     tables = metadata.block_tables[rows, :num_blocks].long()
     shape = (num_rows, num_kv_heads, num_blocks * block_size, dim)
-    k, v = (cache[tables].transpose(1, 2).reshape(shape) for cache in (keys, values))
+    k, v = (_gathered(cache, tables).to(q.dtype).transpose(1, 2).reshape(shape) for cache in (keys, values))
     starts = metadata.query_start[rows.start : rows.stop + 1]
     first_position = metadata.seq_lens[rows] - (starts[1:] - starts[:-1])  # [rows]
     offsets = torch.arange(num_queries, device=q.device)

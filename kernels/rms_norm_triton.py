@@ -1,6 +1,7 @@
 """Root mean square normalisation on a GPU (Zhang and Sennrich 2019), alone or after adding the residual.
 
-y = x / sqrt(mean(x ** 2) + eps) * weight, in float32, rounded once. One program per row, the row in registers.
+y = x / sqrt(mean(x ** 2) + eps) * weight, in float32, rounded once: to x's dtype, or quantised to fp8 with its scales.
+One program per row, the row in registers, so that a row's result does not depend on the others.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -10,13 +11,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from manta.kernels.fp8_triton import store_rounded
+from manta.kernels.fp8 import Fp8Rows
+from manta.kernels.fp8_triton import store_fp8
 
 
 @triton.jit
 def _norm_kernel(
-    x, residual, weight, out, out_scale, x_stride, eps,
-    SIZE: tl.constexpr, BLOCK: tl.constexpr, IS_FP8: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    x, residual, weight, out, scales, scale, x_stride, eps,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, HAS_RESIDUAL: tl.constexpr, IS_FP8: tl.constexpr, IS_DYNAMIC: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -28,39 +30,66 @@ def _norm_kernel(
         rounded = value.to(residual.dtype.element_ty)
         tl.store(at, rounded, mask=inside)
         value = rounded.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(value * value) / SIZE + eps)
-    y = value * scale * tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-    store_rounded(out + row * SIZE + column, y, tl.load(out_scale) if IS_FP8 else 1.0, inside, IS_FP8)
+    factor = tl.rsqrt(tl.sum(value * value) / SIZE + eps)
+    y = value * factor * tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    to = out + row * SIZE + column
+    if IS_FP8:
+        store_fp8(to, scales + row, y, scale, inside, IS_DYNAMIC)
+    else:
+        tl.store(to, y.to(out.dtype.element_ty), mask=inside)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, out_scale: Tensor | None = None) -> Tensor:
-    """x: [..., size], weight: [size] -> [..., size] of x's dtype, or float8_e4m3fn of y / out_scale (float32 [1]).
-
-    Rows of x must be contiguous and, but for [T, size], lie without gaps.
-    """
-    return _launch(x, None, weight, eps, out_scale)
-
-
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, out_scale: Tensor | None = None) -> Tensor:
-    """residual += x in place, then the norm of it; x, residual: [T, size], the latter contiguous. Output as above."""
-    assert residual.shape == x.shape
-    assert residual.is_contiguous()
-    return _launch(x, residual, weight, eps, out_scale)
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x: [..., size], weight: [size] -> [..., size]. Rows must be contiguous and, but for [T, size], without gaps."""
+    rows = x if x.dim() == 2 else x.view(-1, x.shape[-1])
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _launch(rows, None, weight, eps, out)
+    return out
 
 
-def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out_scale: Tensor | None) -> Tensor:
-    size = x.shape[-1]
-    rows = x if x.dim() == 2 else x.view(-1, size)
-    assert rows.stride(1) == 1
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """residual += x in place, then the norm of it; x, residual: [T, size], the latter contiguous."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _launch(x, residual, weight, eps, out)
+    return out
+
+
+def rms_norm_fp8(x: Tensor, weight: Tensor, eps: float, scale: Tensor | None = None) -> Fp8Rows:
+    """`rms_norm` of x [T, size], quantised by scale (float32 [1]) or, without one, by each row's own."""
+    return _launch_fp8(x, None, weight, eps, scale)
+
+
+def add_rms_norm_fp8(x: Tensor, residual: Tensor, weight: Tensor, eps: float, scale: Tensor | None = None) -> Fp8Rows:
+    """`add_rms_norm`, quantised likewise."""
+    return _launch_fp8(x, residual, weight, eps, scale)
+
+
+def _launch_fp8(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, scale: Tensor | None) -> Fp8Rows:
+    values = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
+    scales = torch.empty(x.shape[0], 1, dtype=torch.float32, device=x.device)
+    _launch(x, residual, weight, eps, values.view(torch.uint8), scales, scale)
+    return Fp8Rows(values, scales)
+
+
+def _launch(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    out: Tensor,
+    scales: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> None:
+    num_rows, size = x.shape
+    assert x.stride(1) == 1
     assert weight.shape == (size,)
-    out = torch.empty(x.shape, dtype=x.dtype if out_scale is None else torch.float8_e4m3fn, device=x.device)
-    if not rows.shape[0]:
-        return out
+    assert residual is None or (residual.shape == x.shape and residual.is_contiguous())
+    if not num_rows:
+        return
     block = triton.next_power_of_2(size)
-    _norm_kernel[(rows.shape[0],)](
-        rows, rows if residual is None else residual, weight, out if out_scale is None else out.view(torch.uint8),
-        weight if out_scale is None else out_scale, rows.stride(0), eps,
-        SIZE=size, BLOCK=block, IS_FP8=out_scale is not None, HAS_RESIDUAL=residual is not None,
+    _norm_kernel[(num_rows,)](
+        x, x if residual is None else residual, weight, out, weight if scales is None else scales,
+        weight if scale is None else scale, x.stride(0), eps,
+        SIZE=size, BLOCK=block, HAS_RESIDUAL=residual is not None, IS_FP8=scales is not None, IS_DYNAMIC=scale is None,
         num_warps=min(max(block // 512, 1), 16),
     )  # fmt: skip
-    return out

@@ -118,8 +118,19 @@ def test_what_cannot_be_had(
 def test_a_cpu_has_its_own_form(case: tuple[Tensor, Tensor, Tensor, AttentionMetadata]) -> None:
     expected = paged_attention_cpu.paged_attention(*case, 0.3)
     assert torch.equal(ops.paged_attention(*case, 0.3), expected)
-    with pytest.raises(ValueError, match="fp8"):
-        ops.paged_attention(*case, 0.3, None, torch.ones(1), torch.ones(1))
+
+
+@pytest.mark.parametrize("form", ["cpu", "sdpa"])
+def test_fp8_pages_without_a_kernel_of_their_own(
+    form: str, case: tuple[Tensor, Tensor, Tensor, AttentionMetadata], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed(monkeypatch)
+    q, keys, values, metadata = case
+    keys, values = (keys / 0.7).to(torch.float8_e4m3fn), (values / 3.0).to(torch.float8_e4m3fn)
+    attend = ops.paged_attention if form == "cpu" else attention.on_gpu("sdpa")
+    out = attend(q, keys, values, metadata, 0.3, 20, torch.tensor([0.7]), torch.tensor([3.0]))
+    expected = reference.paged_attention(q, keys.float() * 0.7, values.float() * 3.0, metadata, 0.3, 20)
+    assert relative_error(out, expected) < KERNEL[torch.float32]
 
 
 @pytest.mark.parametrize("batch_invariant", [False, True])

@@ -59,19 +59,24 @@ def test_attention_equals_dense_sdpa(window: int | None) -> None:
     assert relative_error(out, dense.transpose(0, 1).flatten(1)) < TOLERANCE
 
 
-@pytest.mark.parametrize("scale", [0.02, 1.0])
-def test_fp8_outputs_are_the_values_within_a_rounding(scale: float) -> None:
+@pytest.mark.parametrize("scale", [0.02, 1.0, None])
+def test_fp8_outputs_are_the_values_within_a_rounding(scale: float | None) -> None:
     """Through `ops`, which takes the reference for them on a CPU: 3 bits of mantissa, nothing beyond 448."""
-    x, residual, weight, divisor = torch.randn(5, 24), torch.randn(5, 24), torch.rand(24), torch.tensor([scale])
+    x, residual, weight = torch.randn(5, 24), torch.randn(5, 24), torch.rand(24)
+    divisor = None if scale is None else torch.tensor([scale])
+    x[2] = residual[2] = 0
     pairs = [
-        (ops.rms_norm(x, weight, 1e-5, divisor), ops.rms_norm(x, weight, 1e-5)),
-        (ops.silu_mul(x * 4, divisor), ops.silu_mul(x * 4)),
-        (ops.add_rms_norm(x, residual.clone(), weight, 1e-5, divisor), ops.add_rms_norm(x, residual, weight, 1e-5)),
+        (ops.rms_norm_fp8(x, weight, 1e-5, divisor), ops.rms_norm(x, weight, 1e-5)),
+        (ops.silu_mul_fp8(x * 4, divisor), ops.silu_mul(x * 4)),
+        (ops.quantize(x, divisor), x),
+        (ops.add_rms_norm_fp8(x, residual.clone(), weight, 1e-5, divisor), ops.add_rms_norm(x, residual, weight, 1e-5)),
     ]
-    for quantised, exact in pairs:
-        assert quantised.dtype == torch.float8_e4m3fn
-        expected = exact.clamp(-448 * scale, 448 * scale)
-        assert bool(((quantised.float() * scale - expected).abs() <= expected.abs() / 16 + scale * 2**-10).all())
+    for (values, scales), exact in pairs:
+        assert values.dtype == torch.float8_e4m3fn
+        if scale is None:  # the greatest value of a row becomes the greatest there is
+            assert torch.equal(values.float().abs().amax(dim=1), torch.where(exact.any(dim=1), 448.0, 0.0))
+        expected = exact.clamp(-448 * scales, 448 * scales)
+        assert bool(((values.float() * scales - expected).abs() <= expected.abs() / 16 + scales * 2**-10).all())
 
 
 def test_fp8_pages_hold_what_other_pages_do_within_a_rounding() -> None:

@@ -2,8 +2,9 @@
 
 A family of kernels lists its launches in `tests/kernels/triton/launches_<family>.py`, as `LAUNCHES`: name -> function
 that calls the kernels' launcher with tensors of real shapes on the "meta" device; `MORE` holds likewise those that only
-the table of docs/kernels.md has. Nothing runs: `JITFunction.run` is replaced, and what it was called with is
-specialised (types, divisibility, constants) just as a launch would be. So what is compiled is what would run.
+the table of docs/kernels.md has, and `FROM_CAPABILITY` says which are for newer devices only. Nothing runs:
+`JITFunction.run` is replaced, and what it was called with is specialised (types, divisibility, constants) just as a
+launch would be. So what is compiled is what would run.
 Launchers that ask `manta.kernels.gpu` for their device are told the one compiled for.
 
 `python -m tests.support.aot <family> [more]` prints the results as JSON lines; it must not run under
@@ -136,8 +137,9 @@ def compiled(family: str, with_more: bool) -> Iterator[Resources]:
     assert os.environ.get("TRITON_INTERPRET") != "1", "interpreted kernels cannot be compiled: unset TRITON_INTERPRET"
     module = importlib.import_module(f"tests.kernels.triton.launches_{family}")
     launches: Launches = module.LAUNCHES | (getattr(module, "MORE", {}) if with_more else {})
+    least: dict[str, int] = getattr(module, "FROM_CAPABILITY", {})
     for name, launch in launches.items():
-        for capability in NUM_SMS:
+        for capability in (capability for capability in NUM_SMS if capability >= least.get(name, 0)):
             gpu.pretend(gpu.Gpu(capability, NUM_SMS[capability]))
             with _recorded_launches() as calls:
                 launch()

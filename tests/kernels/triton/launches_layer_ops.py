@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from manta.kernels import rms_norm_triton, rope_kv_write_triton, silu_mul_triton
+from manta.kernels import quantize_triton, rms_norm_triton, rope_kv_write_triton, silu_mul_triton
 from tests.support.aot import Launches
 
 
@@ -28,14 +28,21 @@ def _rope(num_heads: int, num_kv_heads: int, dim: int, has_norm: bool, is_fp8: b
 LAUNCHES: Launches = {
     "rms_norm 576": lambda: rms_norm_triton.rms_norm(_meta(256, 576), _meta(576), 1e-5),
     "rms_norm 4096": lambda: rms_norm_triton.rms_norm(_meta(256, 4096), _meta(4096), 1e-5),
-    "rms_norm 4096 fp8": lambda: rms_norm_triton.rms_norm(_meta(256, 4096), _meta(4096), 1e-5, _scale()),
+    "rms_norm 4096 fp8": lambda: rms_norm_triton.rms_norm_fp8(_meta(256, 4096), _meta(4096), 1e-5),
     "add_rms_norm 1024": lambda: rms_norm_triton.add_rms_norm(_meta(9, 1024), _meta(9, 1024), _meta(1024), 1e-5),
     "add_rms_norm 4096": lambda: rms_norm_triton.add_rms_norm(_meta(9, 4096), _meta(9, 4096), _meta(4096), 1e-5),
-    "add_rms_norm 16384 fp8": lambda: rms_norm_triton.add_rms_norm(
+    "add_rms_norm 4096 fp8": lambda: rms_norm_triton.add_rms_norm_fp8(
+        _meta(9, 4096), _meta(9, 4096), _meta(4096), 1e-5
+    ),
+    "add_rms_norm 16384 fp8, one scale": lambda: rms_norm_triton.add_rms_norm_fp8(
         _meta(9, 16384), _meta(9, 16384), _meta(16384), 1e-5, _scale()
     ),
     "silu_mul 14336": lambda: silu_mul_triton.silu_mul(_meta(256, 28672)),
-    "silu_mul 14336 fp8": lambda: silu_mul_triton.silu_mul(_meta(256, 28672), _scale()),
+    "silu_mul 14336 fp8": lambda: silu_mul_triton.silu_mul_fp8(_meta(256, 28672)),
+    "silu_mul 28672 fp8": lambda: silu_mul_triton.silu_mul_fp8(_meta(256, 57344)),
+    "silu_mul 14336 fp8, one scale": lambda: silu_mul_triton.silu_mul_fp8(_meta(256, 28672), _scale()),
+    "quantize 4096": lambda: quantize_triton.quantize(_meta(256, 4096)),
+    "quantize 8192, one scale": lambda: quantize_triton.quantize(_meta(256, 8192), _scale()),
     "rope 32+8 heads of 128": lambda: _rope(32, 8, 128, False, False),
     "rope 32+8 heads of 128, fp8 pages": lambda: _rope(32, 8, 128, False, True),
     "rope 16+8 heads of 128, norms": lambda: _rope(16, 8, 128, True, False),

@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from manta.kernels import reference
+from manta.kernels import fp8, reference
 from tests.support.paging import PagedSequences
 from tests.support.tolerances import KERNEL, relative_error
 from tests.support.triton_device import DEVICE, INTERPRETED
 
 pytest.importorskip("triton", reason="triton is not installed")
-from manta.kernels import fp8_triton, rms_norm_triton, rope_kv_write_triton, silu_mul_triton
+from manta.kernels import fp8_triton, quantize_triton, rms_norm_triton, rope_kv_write_triton, silu_mul_triton
 
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 
@@ -39,6 +39,12 @@ def same_e4m3(actual: Tensor, expected: Tensor) -> bool:
     return bool((difference <= 1).all()) and int((difference > 0).sum()) <= 1 + difference.numel() // 500
 
 
+def close_fp8(actual: fp8.Fp8Rows, expected: fp8.Fp8Rows) -> None:
+    assert actual.scales.shape == expected.scales.shape == (len(expected.values), 1)
+    assert close(actual.scales, expected.scales)
+    assert same_e4m3(actual.values, expected.values)
+
+
 def test_e4m3_of_every_code_and_between() -> None:
     """The oracle is torch's conversion, which saturates for none: values are clamped before."""
     import triton
@@ -56,7 +62,7 @@ def test_e4m3_of_every_code_and_between() -> None:
     x = torch.cat((codes, between, torch.randn(500) * 200, torch.tensor([1e-9, -1e-9, 1e30, -torch.inf]))).to(DEVICE)
     out = torch.zeros(x.shape, dtype=torch.uint8, device=DEVICE)
     kernel[(triton.cdiv(x.numel(), 256),)](x, out, x.numel(), BLOCK=256)
-    expected = reference.to_e4m3(x, torch.ones(1, device=DEVICE)).view(torch.uint8)
+    expected = fp8.to_e4m3(x, torch.ones(1, device=DEVICE)).view(torch.uint8)
     is_nan = x.isnan()
     assert torch.equal(out[~is_nan], expected[~is_nan])
     assert bool((out[is_nan] & 0x7F == 0x7F).all())
@@ -69,22 +75,37 @@ def test_rms_norm(rows: int, size: int, dtype: torch.dtype) -> None:
     assert close(rms_norm_triton.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5))
     strided = randn(rows, size + 5, dtype=dtype)[:, :size]
     assert close(rms_norm_triton.rms_norm(strided, weight, 1e-5), reference.rms_norm(strided, weight, 1e-5))
-    fp8 = rms_norm_triton.rms_norm(x, weight, 1e-5, SCALE)
-    assert same_e4m3(fp8, reference.rms_norm(x, weight, 1e-5, SCALE))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("rows", "size"), [(1, 1), (1, 48), (3, 577), (65, 60)])
-@pytest.mark.parametrize("scale", [None, SCALE], ids=["same", "fp8"])
-def test_add_rms_norm(rows: int, size: int, dtype: torch.dtype, scale: Tensor | None) -> None:
-    if INTERPRETED and dtype == torch.bfloat16 and scale is not None:
-        pytest.skip("the interpreter truncates to bfloat16, which moves codes of fp8: needs a CUDA device")
+def test_add_rms_norm(rows: int, size: int, dtype: torch.dtype) -> None:
     x, residual = randn(rows, size, dtype=dtype), randn(rows, size, dtype=dtype)
     weight = torch.rand(size).to(DEVICE, dtype)
     expected_residual = residual.clone()
-    expected = reference.add_rms_norm(x, expected_residual, weight, 1e-5, scale)
-    actual = rms_norm_triton.add_rms_norm(x, residual, weight, 1e-5, scale)
-    assert same_e4m3(actual, expected) if scale is not None else close(actual, expected)
+    expected = reference.add_rms_norm(x, expected_residual, weight, 1e-5)
+    assert close(rms_norm_triton.add_rms_norm(x, residual, weight, 1e-5), expected)
+    assert close(residual, expected_residual)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "size"), [(1, 1), (1, 48), (3, 577), (65, 60), (2, 1500)])
+@pytest.mark.parametrize("scale", [None, SCALE], ids=["dynamic", "static"])
+def test_fp8_outputs(rows: int, size: int, dtype: torch.dtype, scale: Tensor | None) -> None:
+    """Norms, the gated activation and plain rows, with one scale for all or with each row's own; the last row is 0."""
+    x, residual = randn(rows, size, dtype=dtype) * 3, randn(rows, size, dtype=dtype)
+    gate_up, weight = randn(rows, 2 * size, dtype=dtype) * 4, torch.rand(size).to(DEVICE, dtype)
+    for t in (x, residual, gate_up)[: 3 * (rows > 1)]:
+        t[-1] = 0
+    close_fp8(rms_norm_triton.rms_norm_fp8(x, weight, 1e-5, scale), reference.rms_norm_fp8(x, weight, 1e-5, scale))
+    close_fp8(silu_mul_triton.silu_mul_fp8(gate_up, scale), reference.silu_mul_fp8(gate_up, scale))
+    wide = randn(rows, size + 7, dtype=dtype)[:, :size]
+    close_fp8(quantize_triton.quantize(wide, scale), fp8.quantize(wide, scale))
+    if INTERPRETED and dtype == torch.bfloat16:
+        return  # the interpreter truncates the residual to bfloat16, which moves codes of fp8
+    expected_residual = residual.clone()
+    expected = reference.add_rms_norm_fp8(x, expected_residual, weight, 1e-5, scale)
+    close_fp8(rms_norm_triton.add_rms_norm_fp8(x, residual, weight, 1e-5, scale), expected)
     assert close(residual, expected_residual)
 
 
@@ -93,7 +114,6 @@ def test_add_rms_norm(rows: int, size: int, dtype: torch.dtype, scale: Tensor | 
 def test_silu_mul(rows: int, size: int, dtype: torch.dtype) -> None:
     gate_up = (torch.randn(rows, 2 * size) * 20).to(DEVICE, dtype)
     assert close(silu_mul_triton.silu_mul(gate_up), reference.silu_mul(gate_up))
-    assert same_e4m3(silu_mul_triton.silu_mul(gate_up, SCALE), reference.silu_mul(gate_up, SCALE))
 
 
 def test_silu_mul_of_extreme_gates() -> None:
@@ -106,6 +126,7 @@ def test_no_rows() -> None:
     empty = randn(0, 8)
     assert rms_norm_triton.rms_norm(empty, randn(8), 1e-5).shape == (0, 8)
     assert silu_mul_triton.silu_mul(empty).shape == (0, 4)
+    assert quantize_triton.quantize(empty).values.shape == silu_mul_triton.silu_mul_fp8(randn(0, 16)).values.shape
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
