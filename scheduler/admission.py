@@ -67,6 +67,8 @@ class Admission:
             return -1
         num_tokens, block_size = len(sequence.tokens), replica.capacity.block_size
         hits = replica.find_prefix(sequence)
+        if sequence.num_scored < sequence.num_to_score:  # records come of what is computed
+            del hits[sequence.num_scored // block_size :]
         num_new = blocks_for(num_tokens, block_size) - len(hits)
         # One token at least must be computed, and that writes: a prefix that covers all ends in a copy.
         copies_last = num_new == 0

@@ -43,12 +43,13 @@ class Draft:
         The blocks these fill are published at once: a step writes the KV of all its rows before any row reads, and
         steps run in order, so whoever is planned from now on finds it there.
         """
+        start = sequence.num_planned
         sequence.num_planned += num_tokens
         first = sequence.num_published
         self.replica.publish(sequence, sequence.num_planned // self.replica.capacity.block_size)
         self.filling.update(sequence.blocks[first : sequence.num_published])
         samples = sequence.num_planned == len(sequence.tokens)
-        self.prefills[sequence.slot] = Prefill(sequence, num_tokens, samples)
+        self.prefills[sequence.slot] = Prefill(sequence, start, num_tokens, samples)
 
     def commit(self) -> StepPlan:
         """The plan is final: the picture moves on to the state after it."""

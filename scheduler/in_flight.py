@@ -11,6 +11,7 @@ from manta.scheduler.sequence import Sequence
 @dataclass(frozen=True, slots=True)
 class Prefill:
     sequence: Sequence
+    start: int  # tokens computed before
     num_tokens: int
     samples: bool  # it reaches the sequence's last known token
 

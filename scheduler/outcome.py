@@ -3,6 +3,7 @@
 import numpy as np
 
 from manta.scheduler.in_flight import InFlightStep
+from manta.scheduler.logprobs import route_logprobs
 from manta.scheduler.replica import Replica
 from manta.scheduler.sequence import Sequence, Status
 from manta.scheduler.types import Events, Finished, FinishReason, StepResult, Tokens
@@ -13,6 +14,8 @@ def apply_result(replica: Replica, result: StepResult, events: Events) -> None:
     step = replica.confirm(result)
     if step is None:
         return
+    if result.logprobs:
+        route_logprobs(step, replica.slots, result.logprobs, events)
     if step.filled:
         replica.note_filled(step.filled)
     num_rows = len(step.rows)

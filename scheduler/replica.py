@@ -8,6 +8,7 @@ from collections import deque
 from manta.scheduler.block_pool import BlockPool
 from manta.scheduler.in_flight import InFlightStep
 from manta.scheduler.lane import Lane
+from manta.scheduler.logprobs import num_record_bytes
 from manta.scheduler.prefix import PrefixHasher
 from manta.scheduler.sequence import Sequence, Status
 from manta.scheduler.slots import SlotTable
@@ -42,6 +43,7 @@ class Replica:
         self.lanes = [Lane(i, capacity.block_size, capacity.max_num_seqs) for i in range(capacity.num_lanes)]
         self.next_lane = 0
         self.residents: dict[int, Sequence] = {}  # by slot, in order of admission
+        self.num_asking = 0  # residents that want log-probabilities
         self.starved: dict[int, Sequence] = {}  # by slot: held back for want of a block that limbo will give
         self.in_flight: deque[InFlightStep] = deque()
         self._filled: dict[int, int] = {}  # by slot: full blocks of decoding sequences, perhaps not published yet
@@ -57,6 +59,7 @@ class Replica:
         self.num_admitted += 1
         self.residents[sequence.slot] = sequence
         self.stops.add(sequence.request.stop_token_ids)
+        self.num_asking += sequence.request.asks_logprobs
         lane.join(sequence)
 
     def leave(self, sequence: Sequence, status: Status) -> None:
@@ -70,6 +73,7 @@ class Replica:
         self.pool.release(sequence.blocks, until)
         self.slots.release(slot, until)
         self.stops.remove(sequence.request.stop_token_ids)
+        self.num_asking -= sequence.request.asks_logprobs
         del self.residents[slot]
         self._filled.pop(slot, None)
         self.starved.pop(slot, None)
@@ -167,7 +171,7 @@ class Replica:
     def confirm(self, result: StepResult) -> InFlightStep | None:
         """The plan that `result` answers, which is no longer in flight; None for a result of an earlier epoch.
 
-        Raises WrongResultError if it answers no plan or has a wrong number of tokens.
+        Raises WrongResultError if it answers no plan or has a wrong number of tokens or of records.
         """
         if result.epoch < self.epoch:
             return None
@@ -181,6 +185,11 @@ class Replica:
             raise WrongResultError(
                 f"replica {self.index} sampled {len(result.tokens)} tokens in step {result.step}, "
                 f"the plan has {expected.num_sampled} rows that sample"
+            )
+        if (result.logprobs or self.num_asking) and len(result.logprobs) != num_record_bytes(expected, self.slots):
+            raise WrongResultError(
+                f"replica {self.index} sent {len(result.logprobs)} bytes of log-probabilities in step {result.step}, "
+                f"the plan's rows asked for {num_record_bytes(expected, self.slots)}"
             )
         self.in_flight.popleft()
         self.pool.confirm(result.step)

@@ -117,9 +117,10 @@ class Scheduler:
 
     def take_events(self) -> Events:
         """What happened since events were last handed out."""
-        events = Events(self._events.request_ids, self._events.tokens, self._events.started, self._events.finished)
-        self._events.request_ids, self._events.tokens = _NO_EVENTS.request_ids, _NO_EVENTS.tokens
-        self._events.started, self._events.finished = [], []
+        ours = self._events
+        events = Events(ours.request_ids, ours.tokens, ours.started, ours.finished, ours.logprobs)
+        ours.request_ids, ours.tokens = _NO_EVENTS.request_ids, _NO_EVENTS.tokens
+        ours.started, ours.finished, ours.logprobs = [], [], []
         return events
 
     def reset(self, replica: int = 0) -> None:

@@ -39,6 +39,7 @@ class Sequence:
     root: bytes  # the parent of the first block's hash
     status: Status = Status.WAITING
     started: bool = False  # had a slot before
+    num_scored: int = 0  # tokens of the prompt, from the second on, whose records have come in
 
     # Only while resident:
     replica: int = -1
@@ -56,7 +57,15 @@ class Sequence:
     def of(cls, request: Request, arrival: int, max_model_len: int) -> "Sequence":
         tokens = np.concatenate((request.prompt, request.output)).astype(np.int32, copy=False)
         max_length = min(len(request.prompt) + request.max_tokens, max_model_len)
-        return cls(request, arrival, max_length, tokens, root_hash(request.salt, request.adapter))
+        sequence = cls(request, arrival, max_length, tokens, root_hash(request.salt, request.adapter))
+        if request.num_prompt_logprobs is None or len(request.output):  # the records came before the first output
+            sequence.num_scored = sequence.num_to_score
+        return sequence
+
+    @property
+    def num_to_score(self) -> int:
+        """Tokens of the prompt that have others before them."""
+        return len(self.request.prompt) - 1
 
     def stops_at(self, token: int, num_tokens: int) -> bool:
         """Whether `token` ends the sequence when it is the last of `num_tokens`."""

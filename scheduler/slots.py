@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from manta.scheduler.sequence import Sequence
-from manta.scheduler.types import Tokens
+from manta.scheduler.types import Tokens, record_bytes
 
 _FIRST_WIDTH = 256
 
@@ -18,6 +18,7 @@ class SlotTable:
 
     def __init__(self, max_num_seqs: int, block_size: int) -> None:
         self.sequences: list[Sequence | None] = [None] * max_num_seqs
+        self.record_bytes = [0] * max_num_seqs  # of the record with each token; stays until the slot is taken again
         self.tokens = np.zeros((max_num_seqs, -(-_FIRST_WIDTH // block_size) * block_size), np.int32)
         self._block_size = block_size
         self.free = list(range(max_num_seqs - 1, -1, -1))  # a stack
@@ -27,6 +28,7 @@ class SlotTable:
         """A slot for the sequence, its tokens written; `widen` has been called for its blocks."""
         slot = self.free.pop()
         self.sequences[slot] = sequence
+        self.record_bytes[slot] = record_bytes(sequence.request.num_logprobs)
         self.tokens[slot, : len(sequence.tokens)] = sequence.tokens
         return slot
 

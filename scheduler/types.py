@@ -29,6 +29,12 @@ class Request:
     salt: bytes = b""                    # requests share cached blocks only under the same salt
     output: Tokens = field(default_factory=lambda: np.empty(0, np.int32))  # generated elsewhere before (a resubmit)
     name: str = ""                       # the client's request id, for people
+    num_logprobs: int | None = None      # each token comes with a record of so many of the best; None: with none
+    num_prompt_logprobs: int | None = None  # so do the prompt's tokens, the first one excepted
+
+    @property
+    def asks_logprobs(self) -> bool:
+        return self.num_logprobs is not None or self.num_prompt_logprobs is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +88,21 @@ class StepResult:
     epoch: int
     step: int
     tokens: Tokens                       # one per sampled row, in row order
+    logprobs: bytes = b""                # records of those that asked, as worker.proto has them; opaque here
+
+
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """Records of one request: of tokens of its prompt, or of one that it got."""
+
+    request_id: int
+    prompt: bytes
+    sampled: bytes
+
+
+def record_bytes(num_best: int | None) -> int:
+    """Of the record of one token with so many of the best; 0 where none is asked for."""
+    return 0 if num_best is None else 8 + 8 * num_best
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +130,7 @@ class Events:
     tokens: Tokens = field(default_factory=lambda: np.empty(0, np.int32))
     started: list[Started] = field(default_factory=list)
     finished: list[Finished] = field(default_factory=list)
+    logprobs: list[Logprobs] = field(default_factory=list)  # a token's record comes with it, a prompt's before tokens
 
 
 class RefusedError(ValueError):

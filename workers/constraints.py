@@ -98,8 +98,10 @@ class _BadWords:
         columns = [ends[:, 0], ends[:, 1], end_of.reshape(-1).astype(np.int64), keys[:, 0]]
         columns += [np.array([word[i] for word in words], np.int64) for i in (1, 2)]
         columns += [lengths, prefixes, (places >= longest - lengths[:, None]).astype(np.int64)]
-        on_device = upload([np.ascontiguousarray(column) for column in columns], device)
-        return cls(_Entries(*on_device[:2]), *on_device[2:8], is_used=on_device[8].bool())
+        end_row, end_token, end_of_word, row, slot, first, length, before_last, is_used = upload(
+            [np.ascontiguousarray(column) for column in columns], device
+        )
+        return cls(_Entries(end_row, end_token), end_of_word, row, slot, first, length, before_last, is_used.bool())
 
     def forbid(self, logits: Tensor, positions: Tensor, tokens: TokenTable) -> None:
         """positions: int64 [N], of the tokens that the rows choose."""

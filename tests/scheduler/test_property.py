@@ -1,6 +1,6 @@
 """Whatever arrives and whatever happens, each request gets the tokens it would have got alone, and the books agree."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from manta.scheduler.types import Capacity, RefusedError, Request
 from tests.support.deployment import VOCAB_SIZE, Deployment
+from tests.support.fake_worker import Asking
 
 PREFIXES = [[7, 3, 11, 3, 5, 2, 19, 8, 1, 1, 4, 13], [7, 3, 11, 3, 9, 9, 9, 0, 6, 12, 17, 2], [0] * 12]
 
@@ -47,9 +48,12 @@ def adds(draw: st.DrawFn) -> Add:
     shared = draw(st.sampled_from(PREFIXES))[: draw(st.integers(0, 12))]
     prompt = shared + draw(st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=0 if shared else 1, max_size=12))
     adapter, salt = draw(st.sampled_from([("", b""), ("", b""), ("lora", b""), ("", b"tenant")]))
+    asked = draw(st.sampled_from([(None, None), (None, None), (0, None), (None, 2), (3, 0)]))
     fields = {
         "max_tokens": draw(st.integers(1, 16)),
-        "sampling": adapter,
+        "sampling": Asking(adapter, *asked),
+        "num_logprobs": asked[0],
+        "num_prompt_logprobs": asked[1],
         "adapter": adapter,
         "salt": salt,
         "stop_token_ids": draw(st.frozensets(st.integers(0, VOCAB_SIZE - 1), max_size=3)),
@@ -124,14 +128,15 @@ def test_a_resubmitted_request_goes_on_where_it_was(lengths: list[int], num_step
     """The scheduler dies, and the frontends bring their requests, with what was delivered, to the next one."""
     capacity = Capacity(40, 4, 6, 16, 64, num_lanes)
     first, second = Deployment(capacity), Deployment(capacity)
+    asked = {"sampling": Asking("", 1, 2), "num_logprobs": 1, "num_prompt_logprobs": 2}
     for id, length in enumerate(lengths):
-        first.add(Request(id, np.array(PREFIXES[0][:length], np.int32), 8, stop_token_ids=frozenset({id, 11})))
+        prompt, ends = np.array(PREFIXES[0][:length], np.int32), frozenset({id, 11})
+        first.add(Request(id, prompt, 8, stop_token_ids=ends, **asked))
     for _ in range(num_steps):
         first.send()
         first.deliver()
     for id, request in first.requests.items():
         if id not in first.finished:
-            output = np.array(first.tokens[id], np.int32)
-            second.add(Request(id, request.prompt, 8, stop_token_ids=request.stop_token_ids, output=output))
+            second.add(replace(request, output=np.array(first.tokens[id], np.int32)))
     second.run()
     second.assert_all_as_alone()

@@ -7,7 +7,7 @@ import numpy as np
 
 from manta.scheduler.scheduler import Scheduler
 from manta.scheduler.types import Capacity, Events, Finished, Request, Started, StepPlan
-from tests.support.fake_worker import FakeWorker, generate_alone
+from tests.support.fake_worker import Asking, FakeWorker, generate_alone, record
 
 VOCAB_SIZE = 20
 
@@ -39,6 +39,8 @@ class Deployment:
         self.workers = [FakeWorker(each, VOCAB_SIZE, chunked) for each in capacities]
         self.requests: dict[int, Request] = {}
         self.tokens: dict[int, list[int]] = {}
+        self.prompt_records: dict[int, bytes] = {}
+        self.records: dict[int, bytes] = {}
         self.started: dict[int, Started] = {}
         self.finished: dict[int, Finished] = {}
 
@@ -46,6 +48,7 @@ class Deployment:
         self.scheduler.add(request)
         self.requests[request.id] = request
         self.tokens[request.id] = request.output.tolist()
+        self.prompt_records[request.id] = self.records[request.id] = b""
         self._hear(self.scheduler.take_events())
 
     def abort(self, request_id: int) -> None:
@@ -114,6 +117,7 @@ class Deployment:
         for request_id, end in self.finished.items():
             tokens, reason = self.expected(request_id)
             got = self.tokens[request_id]
+            self._check_records(self.requests[request_id], end.reason == "abort")
             assert end.num_output_tokens == len(got)
             if end.reason == "abort":
                 assert got == tokens[: len(got)]
@@ -123,6 +127,22 @@ class Deployment:
         for replica, each in enumerate(self.capacities):
             assert self.scheduler.num_free_blocks(replica) == each.num_blocks
 
+    def _check_records(self, request: Request, is_aborted: bool) -> None:
+        """Of every token asked about there is one record, in order."""
+        asked = request.sampling if isinstance(request.sampling, Asking) else Asking()
+        prompt = b"".join(
+            record(position, token, asked.num_prompt_logprobs)
+            for position, token in enumerate(request.prompt.tolist())
+            if position and not len(request.output)
+        )
+        told = self.prompt_records[request.id]
+        assert told == (prompt[: len(told)] if is_aborted and not self.tokens[request.id] else prompt)
+        assert self.records[request.id] == b"".join(
+            record(position, token, asked.num_logprobs)
+            for position, token in enumerate(self.tokens[request.id], len(request.prompt))
+            if position >= len(request.prompt) + len(request.output)
+        )
+
     def _hear(self, events: Events) -> None:
         for started in events.started:
             assert started.request.id not in self.started, "started twice"
@@ -131,6 +151,10 @@ class Deployment:
             assert request_id in self.started, "a token before the start"
             assert request_id not in self.finished, "a token after the end"
             self.tokens[request_id].append(token)
+        for told in events.logprobs:
+            assert not (told.prompt and self.records[told.request_id]), "records of a prompt behind those of tokens"
+            self.prompt_records[told.request_id] += told.prompt
+            self.records[told.request_id] += told.sampled
         for finished in events.finished:
             assert finished.request.id not in self.finished, "finished twice"
             self.finished[finished.request.id] = finished

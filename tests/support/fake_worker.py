@@ -14,6 +14,22 @@ from numpy.typing import NDArray
 from manta.scheduler.types import Capacity, SeqAdd, StepPlan, StepResult
 
 UNWRITTEN = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Asking:
+    """What stands for the sampling of a request that asks for log-probabilities. KV depends on the adapter alone."""
+
+    adapter: str = ""
+    num_logprobs: int | None = None
+    num_prompt_logprobs: int | None = None
+
+
+def record(position: int, token: int, num_best: int | None) -> bytes:
+    """What the fake worker says of the token at a position: no log-probability, but nobody should look at it."""
+    return b"" if num_best is None else np.array([position, token] + [position * token] * 2 * num_best, "<i4").tobytes()
+
+
 _MODULUS = (1 << 31) - 1
 
 
@@ -28,7 +44,8 @@ def expect(condition: bool, message: str) -> None:
 
 def kv_root(sampling: Any) -> int:
     """The state before the first token."""
-    return sum((i + 1) * byte for i, byte in enumerate(repr(sampling).encode())) % _MODULUS
+    key = sampling.adapter if isinstance(sampling, Asking) else sampling
+    return sum((i + 1) * byte for i, byte in enumerate(repr(key).encode())) % _MODULUS
 
 
 def next_kv(previous: int, token: int, position: int) -> int:
@@ -61,6 +78,7 @@ class _Slot:
     max_length: int
     blocks: list[int]
     sampling: Any
+    num_prompt_tokens: int
     decoding: bool = False
 
 
@@ -128,8 +146,9 @@ class FakeWorker:
     def _run(self, plan: StepPlan, decodes: list[int], copied: set[int]) -> None:
         rows = [(slot, 1) for slot in decodes] + plan.prefill
         touched = copied.union(*(self.slots[slot].blocks for slot, _ in rows))
+        self.logprobs = b""
         sampled = [token for slot, count in rows if (token := self._compute(slot, count)) is not None]
-        result = StepResult(plan.epoch, plan.step, np.array(sampled, np.int32))
+        result = StepResult(plan.epoch, plan.step, np.array(sampled, np.int32), self.logprobs)
         self.unanswered.append(_Unanswered(result, {slot for slot, _ in rows}, touched))
 
     def _at(self, slot: int) -> _Slot:
@@ -158,7 +177,13 @@ class FakeWorker:
         for block in add.blocks[num_shared:]:
             self._expect_new(add.slot, block)
         self.slots[add.slot] = _Slot(
-            add.lane, add.tokens.tolist(), add.num_computed, add.max_length, list(add.blocks), add.sampling
+            add.lane,
+            add.tokens.tolist(),
+            add.num_computed,
+            add.max_length,
+            list(add.blocks),
+            add.sampling,
+            add.num_prompt_tokens,
         )
         self.readers.update(add.blocks)
         self.new_readers.update(add.blocks[:num_shared])
@@ -216,6 +241,9 @@ class FakeWorker:
             num_others = self.readers[block] - self.new_readers[block] - 1
             expect(num_others == 0, f"slot {slot} writes to block {block}, which another slot reads")
             self.kv[block, position % block_size] = next_kv(previous, state.tokens[position], position)
+        asked = state.sampling if isinstance(state.sampling, Asking) else Asking()
+        for position in range(state.num_computed + 1, min(end, state.num_prompt_tokens - 1) + 1):
+            self.logprobs += record(position, state.tokens[position], asked.num_prompt_logprobs)
         state.num_computed = end
         self.num_computed_tokens += count
         if end < len(state.tokens):
@@ -225,6 +253,7 @@ class FakeWorker:
         token = sample(kv, self.vocab_size)
         state.tokens.append(token)
         state.decoding = True
+        self.logprobs += record(end, token, asked.num_logprobs)
         return token
 
     def _read(self, slot: int, position: int) -> int:
