@@ -2,8 +2,8 @@
 
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
+from torch._C._distributed_c10d import AllgatherOptions, AllreduceOptions
 
 
 class MeshError(RuntimeError):
@@ -27,18 +27,22 @@ class Collectives(Protocol):
 
 
 class ProcessGroupCollectives:
-    """Over one of torch's process groups."""
+    """Over one of torch's process groups. NCCL works in the current stream itself: there is no other to wait for, and a
+    CUDA graph records it like any launch."""
 
     def __init__(self, group: Any) -> None:
         self._group = group
+        self._sum, self._gather = AllreduceOptions(), AllgatherOptions()
+        self._sum.asyncOp = self._gather.asyncOp = False
 
     def all_reduce(self, x: Tensor) -> None:
-        self._group.allreduce([x]).wait()
+        self._group.allreduce([x], self._sum).wait()
 
     def all_gather_last_dim(self, x: Tensor) -> Tensor:
-        parts = [torch.empty_like(x) for _ in range(self._group.size())]
-        self._group.allgather([parts], [x.contiguous()]).wait()
-        return torch.cat(parts, dim=-1)
+        num_ranks = self._group.size()
+        parts = x.new_empty(num_ranks * x.numel())
+        self._group._allgather_base(parts, x.reshape(-1), self._gather).wait()
+        return parts.view(num_ranks, *x.shape).movedim(0, -2).reshape(*x.shape[:-1], num_ranks * x.shape[-1])
 
     def destroy(self) -> None:
         end_group(self._group)

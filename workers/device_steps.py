@@ -6,16 +6,14 @@ import torch
 from torch import Tensor
 
 from manta.kernels import ops
-from manta.kernels.metadata import AttentionMetadata, KVCache
+from manta.kernels.metadata import AttentionMetadata
 from manta.workers.columns import Ints
 from manta.workers.decode_graphs import DecodeGraph, DecodeGraphs, Record, graph_sizes
 from manta.workers.device_slots import DeviceSlots
 from manta.workers.feedback import Feedback
-from manta.workers.limits import Limits
-from manta.workers.mesh import Mesh
-from manta.workers.model import HiddenShape, Model
 from manta.workers.sampler import Sampler
 from manta.workers.slot_table import Rows, SlotChanges
+from manta.workers.stage import Stage
 from manta.workers.step_buffers import StepBuffers
 from manta.workers.transfer import upload
 
@@ -25,11 +23,7 @@ class DeviceSteps:
 
     def __init__(
         self,
-        model: Model,
-        mesh: Mesh,
-        kv_cache: KVCache,
-        limits: Limits,
-        hidden: HiddenShape,
+        stage: Stage,
         changes: SlotChanges,
         slots: DeviceSlots,
         sampler: Sampler,
@@ -37,18 +31,16 @@ class DeviceSteps:
         record: Record | None,
     ) -> None:
         """Without `record` every step is launched operation by operation."""
-        self._model = model
-        self._mesh = mesh
-        self._kv_cache = kv_cache
-        self._limits = limits
+        mesh, limits = stage.mesh, stage.limits
+        self._stage = stage
         self._changes = changes
         self._slots = slots
         self._sampler = sampler
         self._feedback = feedback
         self._hidden: Tensor | None = None
         if not mesh.is_first_stage:
-            shape = (limits.max_num_batched_tokens, hidden.size)
-            self._hidden = torch.zeros(shape, dtype=hidden.dtype, device=mesh.device)
+            shape = (limits.max_num_batched_tokens, stage.hidden.size)
+            self._hidden = torch.zeros(shape, dtype=stage.hidden.dtype, device=mesh.device)
         num_rows = min(limits.max_num_batched_tokens, limits.max_num_slots)
         self._buffers = StepBuffers.empty(
             limits.max_num_batched_tokens, num_rows, limits.max_blocks_per_seq, self._hidden, mesh.device
@@ -71,45 +63,50 @@ class DeviceSteps:
             return self._finish(lane, rows, graph.buffers, self._replay(rows, graph))
         buffers, metadata = self._fill(rows)
         out = self._forward(buffers, metadata)
-        if self._mesh.is_last_stage:
+        mesh = self._stage.mesh
+        if mesh.is_last_stage:
             if not rows.sampled.size:
                 return self._finish(lane, rows, buffers, None)
             last = buffers.inputs.last_tokens
             if rows.sampled.size < rows.slots.size:
-                last = last[upload([rows.sampled], self._mesh.device)[0]]
-            out = self._model.logits(out[last])
+                last = last[upload([rows.sampled], mesh.device)[0]]
+            out = self._stage.model.logits(out[last])
+        elif not mesh.is_first_stage:
+            out = out.clone()  # it lies in the buffer for hidden states, which is the next step's
         return self._finish(lane, rows, buffers, out)
 
     def _decode_buffers(self, num_rows: int) -> StepBuffers:
-        return StepBuffers.for_decode(num_rows, self._limits.max_blocks_per_seq, self._hidden, self._mesh.device)
+        stage = self._stage
+        return StepBuffers.for_decode(num_rows, stage.limits.max_blocks_per_seq, self._hidden, stage.mesh.device)
 
     def _decode(self, buffers: StepBuffers) -> Tensor:
         """What is recorded: from slots to logits [R, vocab] on the last stage, to hidden states [R, hidden] before."""
-        limits = self._limits
+        stage, limits = self._stage, self._stage.limits
         metadata = buffers.metadata(buffers.slots.shape[0], 1, limits.max_model_len, limits.block_size)
         out = self._forward(buffers, metadata)
-        return self._model.logits(out) if self._mesh.is_last_stage else out
+        return stage.model.logits(out) if stage.mesh.is_last_stage else out
 
     def _forward(self, buffers: StepBuffers, metadata: AttentionMetadata) -> Tensor:
-        inputs = buffers.inputs
-        ops.build_inputs(self._slots.columns, buffers.slots, buffers.query_start, self._limits.block_size, inputs)
+        stage, inputs = self._stage, buffers.inputs
+        ops.build_inputs(self._slots.columns, buffers.slots, buffers.query_start, stage.limits.block_size, inputs)
         x = inputs.token_ids if buffers.hidden is None else buffers.hidden
-        return self._model(x, metadata, self._kv_cache)
+        return stage.model(x, metadata, stage.kv_cache)
 
     def _replay(self, rows: Rows, graph: DecodeGraph) -> Tensor:
-        """Logits or hidden states of the rows that are there."""
-        buffers, num_rows = graph.buffers, rows.slots.size
+        """Logits of the rows that are there, until the next replay, or their hidden states."""
+        num_rows = rows.slots.size
         graph.set_slots(rows.slots)
-        self._receive(buffers, num_rows)
-        return graph.replay()[:num_rows]
+        self._receive(graph.buffers, num_rows)
+        out = graph.replay()[:num_rows]
+        return out if self._stage.mesh.is_last_stage else out.clone()  # it is sent while the next step runs
 
     def _fill(self, rows: Rows) -> tuple[StepBuffers, AttentionMetadata]:
         num_tokens, num_rows = int(rows.num_tokens.sum()), rows.slots.size
-        longest, block_size = int(rows.seq_lens.max()), self._limits.block_size
+        longest, block_size = int(rows.seq_lens.max()), self._stage.limits.block_size
         buffers = self._buffers.first(num_tokens, num_rows, -(-longest // block_size))
         query_start = np.zeros(num_rows + 1, np.int32)
         np.cumsum(rows.num_tokens, out=query_start[1:])
-        slots, starts = upload([rows.slots.astype(np.int32), query_start], self._mesh.device)
+        slots, starts = upload([rows.slots.astype(np.int32), query_start], self._stage.mesh.device)
         buffers.slots.copy_(slots)
         buffers.query_start.copy_(starts)
         self._receive(buffers, num_tokens)
@@ -119,15 +116,15 @@ class DeviceSteps:
         """The hidden states of the stage before."""
         if buffers.hidden is not None:
             hidden = buffers.hidden[:num_tokens]
-            hidden.copy_(self._mesh.recv_hidden(num_tokens, hidden.shape[1], hidden.dtype))
+            hidden.copy_(self._stage.mesh.recv_hidden(num_tokens, hidden.shape[1], hidden.dtype))
 
     def _finish(self, lane: int, rows: Rows, buffers: StepBuffers, out: Tensor | None) -> Tensor | None:
         """Samples or passes on, and moves the device's columns to where the step leaves them."""
-        mesh, num_rows = self._mesh, rows.slots.size
+        mesh, num_rows = self._stage.mesh, rows.slots.size
         tokens = None
         if not mesh.is_last_stage:
             assert out is not None
-            mesh.send_hidden(out.clone())  # the buffers behind it are the next step's
+            mesh.send_hidden(out)
             if mesh.is_first_stage and rows.sampled.size:
                 slots, positions = upload([rows.sampled_slots, rows.sampled_positions], mesh.device)
                 self._feedback.expect(lane, rows.sampled_slots, slots, positions)

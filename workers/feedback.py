@@ -8,7 +8,7 @@ from torch import Tensor
 
 from manta.protos.worker_pb2 import StepPlan
 from manta.workers.columns import Ints
-from manta.workers.mesh import Mesh
+from manta.workers.mesh import Incoming, Mesh
 from manta.workers.token_table import TokenTable
 
 
@@ -20,11 +20,13 @@ class _Outstanding:
     host_slots: Ints
     slots: Tensor
     positions: Tensor
+    tokens: Incoming
 
 
 class Feedback:
     """The first stage's list of tokens to come. The last stage sends those of every step that samples, in step order;
-    the first receives them in that order, as late as it can: just before they are needed.
+    the first makes room for them at once, so that no send waits for its receiver, and takes them in that order, as late
+    as it can: just before they are needed.
     """
 
     def __init__(self, mesh: Mesh, tokens: TokenTable) -> None:
@@ -35,7 +37,8 @@ class Feedback:
     def expect(self, lane: int, host_slots: Ints, slots: Tensor, positions: Tensor) -> None:
         """The last stage will send the tokens of this step: of these slots, on the host and int64 [N] on the device, at
         these positions, int64 [N]."""
-        self._outstanding.append(_Outstanding(lane, host_slots, slots, positions))
+        tokens = self._mesh.expect_tokens(host_slots.size)
+        self._outstanding.append(_Outstanding(lane, host_slots, slots, positions, tokens))
 
     def receive_for(self, plan: StepPlan) -> None:
         """Before the plan is applied: takes in what the plan's lane computes on, and what else would
@@ -58,4 +61,4 @@ class Feedback:
 
     def _receive(self) -> None:
         step = self._outstanding.popleft()
-        self._tokens.put(step.slots, step.positions, self._mesh.recv_tokens(step.host_slots.size))
+        self._tokens.put(step.slots, step.positions, step.tokens.wait())

@@ -2,15 +2,12 @@
 
 from torch import Tensor
 
-from manta.kernels.metadata import KVCache
 from manta.workers.batch import Batch, build_batch
 from manta.workers.clock import Clock
 from manta.workers.feedback import Feedback
-from manta.workers.limits import Limits
-from manta.workers.mesh import Mesh
-from manta.workers.model import HiddenShape, Model
 from manta.workers.sampler import Sampler
 from manta.workers.slot_table import Rows, SlotTable
+from manta.workers.stage import Stage
 from manta.workers.token_table import TokenTable
 
 
@@ -19,22 +16,14 @@ class HostSteps:
 
     def __init__(
         self,
-        model: Model,
-        mesh: Mesh,
-        kv_cache: KVCache,
-        limits: Limits,
-        hidden: HiddenShape,
+        stage: Stage,
         slots: SlotTable,
         tokens: TokenTable,
         sampler: Sampler,
         feedback: Feedback,
         clock: Clock,
     ) -> None:
-        self._model = model
-        self._mesh = mesh
-        self._kv_cache = kv_cache
-        self._limits = limits
-        self._hidden = hidden
+        self._stage = stage
         self._slots = slots
         self._tokens = tokens
         self._sampler = sampler
@@ -46,10 +35,10 @@ class HostSteps:
 
     def compute(self, lane: int, rows: Rows) -> Tensor | None:
         """Returns the sampled ids int64 [N] on the last stage, None elsewhere."""
-        mesh = self._mesh
-        batch = build_batch(rows, self._slots, self._limits.block_size, mesh.device)
+        stage, mesh = self._stage, self._stage.mesh
+        batch = build_batch(rows, self._slots, stage.limits.block_size, mesh.device)
         sampled = batch.sampled_tokens if mesh.is_last_stage else None
-        hidden = self._model(self._inputs(batch), batch.metadata, self._kv_cache, sampled)
+        hidden = stage.model(self._inputs(batch), batch.metadata, stage.kv_cache, sampled)
         if not mesh.is_last_stage:
             mesh.send_hidden(hidden)
             if mesh.is_first_stage and rows.sampled.size:
@@ -57,7 +46,7 @@ class HostSteps:
             return None
         if not rows.sampled.size:
             return None
-        logits = self._model.logits(hidden)
+        logits = stage.model.logits(hidden)
         tokens = self._sampler.sample(logits, rows.sampled_slots, rows.sampled_positions)
         self._tokens.put(batch.sampled_slots, batch.sampled_positions, tokens)
         if not mesh.is_first_stage:
@@ -66,8 +55,8 @@ class HostSteps:
 
     def _inputs(self, batch: Batch) -> Tensor:
         """Token ids int64 [T] on the first stage, hidden states [T, hidden] on the others."""
-        positions = batch.metadata.positions
-        if self._mesh.is_first_stage:
+        stage, positions = self._stage, batch.metadata.positions
+        if stage.mesh.is_first_stage:
             return self._tokens.gather(batch.token_slots, positions)
         with self._clock.waiting():
-            return self._mesh.recv_hidden(positions.shape[0], self._hidden.size, self._hidden.dtype)
+            return stage.mesh.recv_hidden(positions.shape[0], stage.hidden.size, stage.hidden.dtype)

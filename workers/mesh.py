@@ -19,6 +19,19 @@ from manta.workers.collectives import Collectives, MeshError, ProcessGroupCollec
 SPARE_PENDING_SENDS = 8
 
 
+@dataclass(frozen=True, slots=True)
+class Incoming:
+    """A tensor that another rank sends; the receive has begun."""
+
+    _x: Tensor
+    _work: Any
+
+    def wait(self) -> Tensor:
+        """The tensor, when it is there: on the host with gloo, in the stream with NCCL."""
+        self._work.wait()
+        return self._x
+
+
 @dataclass(frozen=True)
 class Mesh:
     """Where a rank stands among the ranks of its replica, and what it says to them.
@@ -73,11 +86,18 @@ class Mesh:
         """Sends sampled ids int64 [n] from the last stage to the first one, as `send_hidden` does."""
         self._send(self._groups["tokens"], x, 0)
 
+    def expect_tokens(self, n: int) -> Incoming:
+        """Begins to receive sampled ids int64 [n] of the last stage and returns at once.
+
+        With NCCL a send stays on its device until its receive has begun. One that waited for the next plan could hold
+        up whatever waits for that whole device, and would be taken for a failure when plans stay away for long.
+        """
+        x = torch.empty(n, dtype=torch.int64, device=self.device)
+        return Incoming(x, self._groups["tokens"].recv([x], self.pp_size - 1, 0))
+
     def recv_tokens(self, n: int) -> Tensor:
         """Sampled ids int64 [n] of the last stage."""
-        x = torch.empty(n, dtype=torch.int64, device=self.device)
-        self._groups["tokens"].recv([x], self.pp_size - 1, 0).wait()
-        return x
+        return self.expect_tokens(n).wait()
 
     def destroy(self) -> None:
         """Ends the groups. Other ranks' calls that are under way fail."""
@@ -136,6 +156,7 @@ def connect_mesh(
             "hidden": _group(store, f"hidden/{tp_rank}", pp_rank, pp_size, device, timeout),
             "tokens": _group(store, f"tokens/{tp_rank}", pp_rank, pp_size, device, timeout),
         }
+        _connect_stages(groups["hidden"], groups["tokens"], pp_rank, pp_size, device)
         tp = _tp_collectives(store, tp_rank, tp_size, pp_rank, pp_size, device, timeout, shared_memory)
     except RuntimeError as error:
         where = f"{host}:{port}" if host else "its own store"
@@ -145,6 +166,27 @@ def connect_mesh(
         ) from error
     groups = {name: group for name, group in groups.items() if group is not None}
     return Mesh(tp_rank, tp_size, pp_rank, pp_size, device, tp, groups, store)
+
+
+def _connect_stages(hidden: Any, tokens: Any, pp_rank: int, pp_size: int, device: torch.device) -> None:
+    """Sends a number on every way there is: NCCL connects two ranks in their first call, with memory of its own, and
+    what cannot be reached is to be known now."""
+    if pp_size == 1:
+        return
+    number = torch.full((1,), pp_rank, dtype=torch.int64, device=device)
+    works = []
+    if pp_rank > 0:
+        hidden.recv([torch.empty_like(number)], pp_rank - 1, 0).wait()
+    if pp_rank < pp_size - 1:
+        works.append(hidden.send([number], pp_rank + 1, 0))
+    if pp_rank == 0:
+        tokens.recv([torch.empty_like(number)], pp_size - 1, 0).wait()
+    elif pp_rank == pp_size - 1:
+        works.append(tokens.send([number], 0, 0))
+    for work in works:
+        work.wait()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _tp_collectives(

@@ -22,6 +22,7 @@ from manta.workers.mesh import Mesh, connect_mesh
 from manta.workers.model import HiddenShape
 from manta.workers.models.decoder import CausalLM, allocate_kv_cache
 from manta.workers.runner import Runner
+from manta.workers.stage import Stage
 from manta.workers.warmup import run_largest_step, run_small_steps
 from manta.workers.weights import weight_names, weight_slice
 
@@ -79,7 +80,8 @@ class LoadedRank:
         )
         on_device = self.mesh.device.type == "cuda" and ops.has_gpu_kernels()
         record = CudaRecorder() if on_device and not config.enforce_eager else None
-        runner = Runner(self.model, self.mesh, kv_cache, limits, hidden, on_device=on_device, record=record)
+        stage = Stage(self.model, self.mesh, kv_cache, limits, hidden)
+        runner = Runner(stage, on_device=on_device, record=record)
         gc.collect()
         gc.freeze()  # what lives now lives for good: the collector need not look at it during steps
         return runner

@@ -3,21 +3,18 @@
 import torch
 from torch import Tensor
 
-from manta.kernels.metadata import KVCache
 from manta.protos.worker_pb2 import StepPlan
-from manta.workers.block_copy import copy_blocks
+from manta.workers.block_copy import BlockCopies
 from manta.workers.clock import Reading, StepTime, make_clock
 from manta.workers.decode_graphs import Record
 from manta.workers.device_slots import DeviceSlots
 from manta.workers.device_steps import DeviceSteps
 from manta.workers.feedback import Feedback
 from manta.workers.host_steps import HostSteps
-from manta.workers.limits import Limits
-from manta.workers.mesh import Mesh
-from manta.workers.model import HiddenShape, Model
 from manta.workers.sampler import Sampler
 from manta.workers.sampling_table import SamplingTable
 from manta.workers.slot_table import SlotChanges, SlotTable
+from manta.workers.stage import Stage
 from manta.workers.token_table import TokenTable
 
 
@@ -43,20 +40,11 @@ class Runner:
     One thread calls it. Only counts are known on the host, so on a GPU `run` returns when the step is launched.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        mesh: Mesh,
-        kv_cache: KVCache,
-        limits: Limits,
-        hidden: HiddenShape,
-        *,
-        on_device: bool = False,
-        record: Record | None = None,
-    ) -> None:
+    def __init__(self, stage: Stage, *, on_device: bool = False, record: Record | None = None) -> None:
         """on_device: whether the device builds its own inputs; `record` then makes recordings of decode steps."""
+        mesh, limits = stage.mesh, stage.limits
         self._mesh = mesh
-        self._kv_cache = kv_cache
+        self._copies = BlockCopies(stage.kv_cache)
         changes = SlotChanges() if on_device else None
         if on_device:
             tokens = TokenTable(mesh.device, limits.max_num_slots, limits.max_model_len)
@@ -69,14 +57,10 @@ class Runner:
         sampler = Sampler(sampling, tokens)
         self._steps: HostSteps | DeviceSteps
         if changes is None:
-            self._steps = HostSteps(
-                model, mesh, kv_cache, limits, hidden, self._slots, tokens, sampler, self._feedback, self._clock
-            )
+            self._steps = HostSteps(stage, self._slots, tokens, sampler, self._feedback, self._clock)
         else:
             device_slots = DeviceSlots(limits, tokens, mesh.device)
-            self._steps = DeviceSteps(
-                model, mesh, kv_cache, limits, hidden, changes, device_slots, sampler, self._feedback, record
-            )
+            self._steps = DeviceSteps(stage, changes, device_slots, sampler, self._feedback, record)
 
     @property
     def is_output_rank(self) -> bool:
@@ -97,7 +81,7 @@ class Runner:
         with self._clock.waiting():
             self._feedback.receive_for(plan)
         rows = self._slots.apply(plan)
-        copy_blocks(plan, self._kv_cache)
+        self._copies.apply(plan)
         self._steps.prepare()
         tokens = self._steps.compute(plan.lane, rows) if rows.slots.size else None
         return Step(_on_host(tokens), self._clock.end())

@@ -89,11 +89,26 @@ class Driver:
     _adds: list[SeqAdd] = field(default_factory=list)
     _sampled: dict[int, list[int]] = field(default_factory=dict)  # step -> slots in row order
 
-    def add(self, slot: int, prompt: list[int], num_new: int, *, lane: int = 0, sampling: Sampling = GREEDY) -> None:
-        """A sequence that joins with the next plan and generates num_new tokens."""
-        max_length = len(prompt) + num_new
-        self._adds.append(seq_add(slot, prompt, blocks=[], max_length=max_length, lane=lane, sampling=sampling))
-        self.sequences[slot] = _Sequence(lane, list(prompt), len(prompt), len(prompt), 0, max_length, 0)
+    def add(
+        self,
+        slot: int,
+        prompt: list[int],
+        num_new: int,
+        *,
+        lane: int = 0,
+        sampling: Sampling = GREEDY,
+        output: list[int] | None = None,
+    ) -> None:
+        """A sequence that joins with the next plan and generates num_new tokens; of these it knows `output` already if
+        it was preempted."""
+        tokens, num_prompt, max_length = [*prompt, *(output or [])], len(prompt), len(prompt) + num_new
+        self._adds.append(
+            seq_add(
+                slot, tokens, blocks=[], max_length=max_length, lane=lane, num_prompt_tokens=num_prompt,
+                sampling=sampling,
+            )
+        )  # fmt: skip
+        self.sequences[slot] = _Sequence(lane, tokens, num_prompt, len(tokens), 0, max_length, 0)
 
     def plan(
         self,
@@ -105,6 +120,8 @@ class Driver:
     ) -> StepPlan:
         """The next step: decodes whatever can decode, and prefills as told."""
         self.step += 1
+        for slot in frees or []:
+            del self.sequences[slot]
         decodes = [
             slot
             for slot, seq in sorted(self.sequences.items())
@@ -123,8 +140,6 @@ class Driver:
                 seq.decoding = True
                 seq.length += 1
                 sampled.append(slot)
-        for slot in frees or []:
-            del self.sequences[slot]
         self._sampled[self.step] = sampled
         adds, self._adds = self._adds, []
         return step_plan(

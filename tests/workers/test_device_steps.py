@@ -1,6 +1,5 @@
 """A runner whose device builds its own inputs gives the tokens of one whose host does, recorded or not."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,69 +7,25 @@ import pytest
 import torch
 
 from manta.configs.model import read_model_spec
-from manta.kernels import ops, reference
 from manta.protos.sampling_pb2 import Sampling
 from manta.protos.worker_pb2 import StepResult
-from manta.workers.decode_graphs import Record, graph_sizes
-from manta.workers.limits import Limits
+from manta.workers.decode_graphs import graph_sizes
 from manta.workers.loader import load_model
 from manta.workers.mesh import Mesh
-from manta.workers.model import HiddenShape
-from manta.workers.models.decoder import CausalLM, allocate_kv_cache
+from manta.workers.models.decoder import CausalLM
 from manta.workers.runner import Runner
 from tests.support.checkpoints import make_checkpoint
+from tests.support.gpu_like import BLOCK_SIZE, Recorder, gpu_like_runner, use_plain_torch
 from tests.support.plans import Driver
 
 CPU = torch.device("cpu")
-BLOCK_SIZE = 8
-NUM_BLOCKS = 128
-
-
-class Recorder:
-    """Recordings that run their function again, and count."""
-
-    def __init__(self) -> None:
-        self.num_recorded = self.num_replayed = 0
-
-    def __call__(self, run: Callable[[], None]) -> "_Recording":
-        self.num_recorded += 1
-        run()  # as a warm-up does: nothing is there yet, so nothing may change
-        return _Recording(self, run)
-
-
-class _Recording:
-    def __init__(self, recorder: Recorder, run: Callable[[], None]) -> None:
-        self._recorder = recorder
-        self._run = run
-
-    def replay(self) -> None:
-        self._recorder.num_replayed += 1
-        self._run()
 
 
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CausalLM:
-    """Runs operation by operation in plain torch, as on a GPU: rows that are not there have to be harmless."""
-    monkeypatch.setattr(ops, "uses_cpu_decoder", lambda *_: False)
-    for name in ("rms_norm", "add_rms_norm", "silu_mul", "rope_kv_write", "paged_attention"):
-        monkeypatch.setattr(ops, name, getattr(reference, name))
+    use_plain_torch(monkeypatch)
     folder = make_checkpoint(tmp_path, "qwen3")
     return load_model(folder, read_model_spec(folder), Mesh.single(CPU), torch.float32)
-
-
-def make_runner(model: CausalLM, *, on_device: bool, record: Record | None = None) -> Runner:
-    spec = model.spec
-    limits = Limits(
-        num_blocks=NUM_BLOCKS,
-        block_size=BLOCK_SIZE,
-        max_num_seqs=6,
-        max_num_batched_tokens=64,
-        max_model_len=120,
-        vocab_size=spec.vocab_size,
-    )
-    cache = allocate_kv_cache(model, NUM_BLOCKS, BLOCK_SIZE, torch.float32, CPU)
-    hidden = HiddenShape(spec.hidden_size, torch.float32)
-    return Runner(model, model.mesh, cache, limits, hidden, on_device=on_device, record=record)
 
 
 def serve(runner: Runner, vocab_size: int) -> dict[int, list[int]]:
@@ -109,17 +64,17 @@ def serve(runner: Runner, vocab_size: int) -> dict[int, list[int]]:
 
 def test_tokens_are_those_of_steps_built_by_the_host(model: CausalLM) -> None:
     vocab_size = model.spec.vocab_size
-    expected = serve(make_runner(model, on_device=False), vocab_size)
+    expected = serve(gpu_like_runner(model, on_device=False), vocab_size)
     assert {len(tokens) for tokens in expected.values()} == {30, 12, 9, 20, 10}
-    assert serve(make_runner(model, on_device=True), vocab_size) == expected
+    assert serve(gpu_like_runner(model, on_device=True), vocab_size) == expected
     recorder = Recorder()
-    assert serve(make_runner(model, on_device=True, record=recorder), vocab_size) == expected
+    assert serve(gpu_like_runner(model, on_device=True, record=recorder), vocab_size) == expected
     assert recorder.num_recorded == len(graph_sizes(6)) == 4
     assert recorder.num_replayed > 25
 
 
 def test_a_new_epoch_starts_from_nothing(model: CausalLM) -> None:
-    runner = make_runner(model, on_device=True, record=Recorder())
+    runner = gpu_like_runner(model, on_device=True, record=Recorder())
     first = serve(runner, model.spec.vocab_size)
     runner.clear()
     assert serve(runner, model.spec.vocab_size) == first

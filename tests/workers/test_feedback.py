@@ -27,9 +27,18 @@ class Pipe:
     def __init__(self) -> None:
         self.sent: deque[list[int]] = deque()
 
-    def recv_tokens(self, n: int) -> Tensor:
-        tokens = self.sent.popleft()
-        assert len(tokens) == n
+    def expect_tokens(self, n: int) -> "Arrival":
+        return Arrival(self.sent, n)
+
+
+class Arrival:
+    def __init__(self, sent: deque[list[int]], n: int) -> None:
+        self._sent = sent
+        self._n = n
+
+    def wait(self) -> Tensor:
+        tokens = self._sent.popleft()
+        assert len(tokens) == self._n
         return torch.tensor(tokens)
 
 

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from manta.workers.limits import Limits
-from manta.workers.mesh import Mesh
+from manta.workers.mesh import Incoming, Mesh
 from manta.workers.model import HiddenShape
 from manta.workers.runner import Runner
+from manta.workers.stage import Stage
 from tests.support.plans import seq_add, step_plan
 
 HIDDEN = HiddenShape(size=2, dtype=torch.float32)
@@ -38,14 +39,16 @@ class FirstOfTwo:
     def send_hidden(self, x: Tensor) -> None:
         assert x.shape[1] == HIDDEN.size
 
-    def recv_tokens(self, n: int) -> Tensor:
-        self.num_received += n
-        return torch.full((n,), 5)
+    def expect_tokens(self, n: int) -> Incoming:
+        return Incoming(torch.full((n,), 5), self)
+
+    def wait(self) -> None:
+        self.num_received += 1
 
 
 def test_a_new_epoch_takes_in_tokens_of_a_table_that_grew_in_a_step() -> None:
     mesh = FirstOfTwo()
-    runner = Runner(cast(Any, Model()), cast(Mesh, cast(Any, mesh)), [], LIMITS, HIDDEN)
+    runner = Runner(Stage(cast(Any, Model()), cast(Mesh, cast(Any, mesh)), [], LIMITS, HIDDEN))
     long = seq_add(0, list(range(90)) * 4, blocks=list(range(46)), max_length=400)
     runner.run(step_plan(1, adds=[long], prefill=[(0, 360)]))
     runner.clear()
