@@ -1,6 +1,8 @@
 """Steps whose inputs the device builds from its own columns of the slots. The host names the rows and launches; it
 knows counts and never waits. Steps in which everyone decodes are replayed from recordings, if there are any."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,7 +13,9 @@ from manta.workers.columns import Ints
 from manta.workers.decode_graphs import DecodeGraph, DecodeGraphs, Record, graph_sizes
 from manta.workers.device_slots import DeviceSlots
 from manta.workers.feedback import Feedback
+from manta.workers.records import Records, StepOutput
 from manta.workers.sampler import Sampler
+from manta.workers.scorer import Scorer
 from manta.workers.slot_table import Rows, SlotChanges
 from manta.workers.stage import Stage
 from manta.workers.step_buffers import StepBuffers
@@ -27,6 +31,7 @@ class DeviceSteps:
         changes: SlotChanges,
         slots: DeviceSlots,
         sampler: Sampler,
+        scorer: Scorer,
         feedback: Feedback,
         record: Record | None,
     ) -> None:
@@ -36,6 +41,7 @@ class DeviceSteps:
         self._changes = changes
         self._slots = slots
         self._sampler = sampler
+        self._scorer = scorer
         self._feedback = feedback
         self._hidden: Tensor | None = None
         if not mesh.is_first_stage:
@@ -56,24 +62,28 @@ class DeviceSteps:
         """Brings the device's columns up to date with the plan that was just applied; before every step."""
         self._slots.apply(self._changes.take())
 
-    def compute(self, lane: int, rows: Rows) -> Tensor | None:
-        """Returns the sampled ids int64 [N] on the last stage, None elsewhere."""
+    def compute(self, lane: int, rows: Rows) -> StepOutput:
+        """Returns the sampled ids on the last stage, nothing elsewhere."""
         graph = self._graphs.fitting(rows.slots.size) if self._graphs is not None and rows.only_decode else None
         if graph is not None:
             return self._finish(lane, rows, graph.buffers, self._replay(rows, graph))
         buffers, metadata = self._fill(rows)
         out = self._forward(buffers, metadata)
         mesh = self._stage.mesh
+        records: list[Records] = []
         if mesh.is_last_stage:
+            asked = self._scorer.prompt_tokens(rows)
+            if asked is not None:
+                records = self._scorer.of_prompts(asked, out, self._stage.model.logits)
             if not rows.sampled.size:
-                return self._finish(lane, rows, buffers, None)
+                return self._finish(lane, rows, buffers, None, records)
             last = buffers.inputs.last_tokens
             if rows.sampled.size < rows.slots.size:
                 last = last[upload([rows.sampled], mesh.device)[0]]
             out = self._stage.model.logits(out[last])
         elif not mesh.is_first_stage:
             out = out.clone()  # it lies in the buffer for hidden states, which is the next step's
-        return self._finish(lane, rows, buffers, out)
+        return self._finish(lane, rows, buffers, out, records)
 
     def _decode_buffers(self, num_rows: int) -> StepBuffers:
         stage = self._stage
@@ -118,10 +128,12 @@ class DeviceSteps:
             hidden = buffers.hidden[:num_tokens]
             hidden.copy_(self._stage.mesh.recv_hidden(num_tokens, hidden.shape[1], hidden.dtype))
 
-    def _finish(self, lane: int, rows: Rows, buffers: StepBuffers, out: Tensor | None) -> Tensor | None:
+    def _finish(
+        self, lane: int, rows: Rows, buffers: StepBuffers, out: Tensor | None, records: Sequence[Records] = ()
+    ) -> StepOutput:
         """Samples or passes on, and moves the device's columns to where the step leaves them."""
         mesh, num_rows = self._stage.mesh, rows.slots.size
-        tokens = None
+        tokens, output = None, StepOutput(None, records)
         if not mesh.is_last_stage:
             assert out is not None
             mesh.send_hidden(out)
@@ -129,13 +141,13 @@ class DeviceSteps:
                 slots, positions = upload([rows.sampled_slots, rows.sampled_positions], mesh.device)
                 self._feedback.expect(lane, rows.sampled_slots, slots, positions)
         elif out is not None:
-            tokens = self._sampler.sample(out, rows.sampled_slots, rows.sampled_positions)
+            tokens, output = self._sampler.sample_rows(out, rows, self._scorer, records)
             if not mesh.is_first_stage:
                 mesh.send_tokens(tokens)
         part = buffers.first(buffers.inputs.token_ids.shape[0], num_rows, buffers.inputs.block_tables.shape[1])
         by_row = _by_row(tokens, rows.sampled, num_rows, mesh.device)
         ops.advance(self._slots.columns, part.slots, part.query_start, part.inputs, by_row)
-        return tokens
+        return output
 
 
 def _by_row(tokens: Tensor | None, sampled: Ints, num_rows: int, device: torch.device) -> Tensor:

@@ -5,7 +5,9 @@ from torch import Tensor
 from manta.workers.batch import Batch, build_batch
 from manta.workers.clock import Clock
 from manta.workers.feedback import Feedback
+from manta.workers.records import NOTHING, Records, StepOutput
 from manta.workers.sampler import Sampler
+from manta.workers.scorer import Scorer
 from manta.workers.slot_table import Rows, SlotTable
 from manta.workers.stage import Stage
 from manta.workers.token_table import TokenTable
@@ -20,6 +22,7 @@ class HostSteps:
         slots: SlotTable,
         tokens: TokenTable,
         sampler: Sampler,
+        scorer: Scorer,
         feedback: Feedback,
         clock: Clock,
     ) -> None:
@@ -27,31 +30,36 @@ class HostSteps:
         self._slots = slots
         self._tokens = tokens
         self._sampler = sampler
+        self._scorer = scorer
         self._feedback = feedback
         self._clock = clock
 
     def prepare(self) -> None:
         """There is nothing to bring up to date."""
 
-    def compute(self, lane: int, rows: Rows) -> Tensor | None:
-        """Returns the sampled ids int64 [N] on the last stage, None elsewhere."""
+    def compute(self, lane: int, rows: Rows) -> StepOutput:
+        """Returns the sampled ids on the last stage, nothing elsewhere."""
         stage, mesh = self._stage, self._stage.mesh
         batch = build_batch(rows, self._slots, stage.limits.block_size, mesh.device)
-        sampled = batch.sampled_tokens if mesh.is_last_stage else None
+        asked = self._scorer.prompt_tokens(rows) if mesh.is_last_stage else None
+        sampled = batch.sampled_tokens if mesh.is_last_stage and asked is None else None
         hidden = stage.model(self._inputs(batch), batch.metadata, stage.kv_cache, sampled)
         if not mesh.is_last_stage:
             mesh.send_hidden(hidden)
             if mesh.is_first_stage and rows.sampled.size:
                 self._feedback.expect(lane, rows.sampled_slots, batch.sampled_slots, batch.sampled_positions)
-            return None
+            return NOTHING
+        records: list[Records] = []
+        if asked is not None:
+            records = self._scorer.of_prompts(asked, hidden, stage.model.logits)
+            hidden = hidden[batch.sampled_tokens]
         if not rows.sampled.size:
-            return None
-        logits = stage.model.logits(hidden)
-        tokens = self._sampler.sample(logits, rows.sampled_slots, rows.sampled_positions)
+            return StepOutput(None, records)
+        tokens, output = self._sampler.sample_rows(stage.model.logits(hidden), rows, self._scorer, records)
         self._tokens.put(batch.sampled_slots, batch.sampled_positions, tokens)
         if not mesh.is_first_stage:
             mesh.send_tokens(tokens)
-        return tokens
+        return output
 
     def _inputs(self, batch: Batch) -> Tensor:
         """Token ids int64 [T] on the first stage, hidden states [T, hidden] on the others."""

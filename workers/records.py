@@ -39,6 +39,17 @@ class Records:
         return words, counts
 
 
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What a step tells of its rows, on the ranks of the last stage."""
+
+    tokens: Tensor | None = None  # int64 [N], the sampled ids; None where nothing is sampled
+    records: Sequence[Records] = ()  # of rows that asked for log-probabilities, on the rank that answers
+
+
+NOTHING = StepOutput()
+
+
 def encode(parts: Sequence[Records]) -> bytes:
     """The column of a StepResult: by row, and of one row in the order of the parts."""
     if not parts:

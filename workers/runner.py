@@ -1,7 +1,6 @@
 """Runs steps: the plan, the slots, the layers, the tokens, in this order."""
 
 import torch
-from torch import Tensor
 
 from manta.protos.worker_pb2 import StepPlan
 from manta.workers.block_copy import BlockCopies
@@ -11,18 +10,22 @@ from manta.workers.device_slots import DeviceSlots
 from manta.workers.device_steps import DeviceSteps
 from manta.workers.feedback import Feedback
 from manta.workers.host_steps import HostSteps
+from manta.workers.records import NOTHING, StepOutput, encode
 from manta.workers.sampler import Sampler
 from manta.workers.sampling_table import SamplingTable
+from manta.workers.scorer import Scorer
 from manta.workers.slot_table import SlotChanges, SlotTable
 from manta.workers.stage import Stage
 from manta.workers.token_table import TokenTable
+from manta.workers.transfer import download
 
 
 class Step:
-    """One step on its way through the device. `tokens` and `time` wait for it, on any thread."""
+    """One step on its way through the device. `tokens`, `logprobs` and `time` wait for it, on any thread."""
 
-    def __init__(self, tokens: Tensor | None, reading: Reading) -> None:
-        self._tokens = tokens
+    def __init__(self, output: StepOutput, reading: Reading) -> None:
+        self._tokens = None if output.tokens is None else download(output.tokens)
+        self._records = output.records
         self._reading = reading
 
     def time(self) -> StepTime:
@@ -32,6 +35,13 @@ class Step:
         """int32 little-endian, one per sampled row; empty on ranks that do not sample."""
         self._reading.wait()
         return b"" if self._tokens is None else self._tokens.numpy().astype("<i4").tobytes()
+
+    def logprobs(self) -> bytes:
+        """Records of the rows that asked for log-probabilities, as in StepResult."""
+        if not self._records:
+            return b""
+        self._reading.wait()
+        return encode(self._records)
 
 
 class Runner:
@@ -55,12 +65,13 @@ class Runner:
         self._feedback = Feedback(mesh, tokens)
         self._clock = make_clock(mesh.device)
         sampler = Sampler(sampling, tokens)
+        scorer = Scorer(sampling, tokens, limits.max_num_seqs, self.is_output_rank)
         self._steps: HostSteps | DeviceSteps
         if changes is None:
-            self._steps = HostSteps(stage, self._slots, tokens, sampler, self._feedback, self._clock)
+            self._steps = HostSteps(stage, self._slots, tokens, sampler, scorer, self._feedback, self._clock)
         else:
             device_slots = DeviceSlots(limits, tokens, mesh.device)
-            self._steps = DeviceSteps(stage, changes, device_slots, sampler, self._feedback, record)
+            self._steps = DeviceSteps(stage, changes, device_slots, sampler, scorer, self._feedback, record)
 
     @property
     def is_output_rank(self) -> bool:
@@ -83,12 +94,5 @@ class Runner:
         rows = self._slots.apply(plan)
         self._copies.apply(plan)
         self._steps.prepare()
-        tokens = self._steps.compute(plan.lane, rows) if rows.slots.size else None
-        return Step(_on_host(tokens), self._clock.end())
-
-
-def _on_host(tokens: Tensor | None) -> Tensor | None:
-    """The tokens in host memory; on a GPU the copy is only launched, and the step's reading tells when it is over."""
-    if tokens is None or tokens.device.type == "cpu":
-        return tokens
-    return torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True).copy_(tokens, non_blocking=True)
+        output = self._steps.compute(plan.lane, rows) if rows.slots.size else NOTHING
+        return Step(output, self._clock.end())

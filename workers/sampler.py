@@ -4,6 +4,8 @@ Order, as in vLLM: allowed tokens, bad words and biases, then min_tokens and pen
 top_k, then top_p on what these leave, then one draw. Greedy rows take the best token after min_tokens and penalties.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -14,7 +16,7 @@ from manta.workers.constraints import Constraints
 from manta.workers.draws import uniform
 from manta.workers.filters import drop_below, top_k_cutoff, top_p_cutoff
 from manta.workers.penalties import apply_penalties, mask_stop_tokens
-from manta.workers.records import Records
+from manta.workers.records import Records, StepOutput
 from manta.workers.sampling_table import SamplingTable
 from manta.workers.scorer import Scorer
 from manta.workers.slot_table import Rows
@@ -31,18 +33,23 @@ class Sampler:
         self._constraints = Constraints(table.constraints, tokens)
         self._row_sampler = ops.make_row_sampler(tokens.ids.device)
 
-    def sample_rows(self, logits: Tensor, rows: Rows, scorer: Scorer) -> tuple[Tensor, list[Records]]:
-        """As `sample`, for the rows of a step that sample; with log-probabilities for those that ask."""
+    def sample_rows(
+        self, logits: Tensor, rows: Rows, scorer: Scorer, records: Sequence[Records] = ()
+    ) -> tuple[Tensor, StepOutput]:
+        """As `sample`, for the rows of a step that sample; and the step's output, with log-probabilities for those that
+        ask, behind `records`."""
         slots, positions = rows.sampled_slots, rows.sampled_positions
         asking = scorer.asking(slots)
         if asking is None:
-            return self.sample(logits, slots, positions), []
+            tokens = self.sample(logits, slots, positions)
+            return tokens, StepOutput(tokens, records)
         index, num_best = asking
         (on_device,) = upload([index], logits.device)
         is_as_said = index.size == slots.size and not self._table.changes_logits(slots)
         said = logits if is_as_said else logits[on_device]  # what the model said
         tokens = self.sample(logits, slots, positions)
-        return tokens, [scorer.of_sampled(said, tokens[on_device], rows.sampled[index], num_best)]
+        scored = scorer.of_sampled(said, tokens[on_device], rows.sampled[index], num_best)
+        return tokens, StepOutput(tokens, [*records, scored])
 
     def sample(self, logits: Tensor, slots: Ints, positions: Ints) -> Tensor:
         """Token ids int64 [N], on the device.

@@ -176,7 +176,7 @@ class WorkerService(WorkerServicer):
         """Waits for the device. A GPU reports what went wrong in a step only here."""
         try:
             time_ = step.time()
-            tokens = step.tokens()
+            tokens, logprobs = step.tokens(), step.logprobs()
         except Exception as error:
             logger.exception("%s: epoch %d ends at step %d", self._name, plan.epoch, plan.step)
             return self._failed(plan, error)
@@ -187,6 +187,7 @@ class WorkerService(WorkerServicer):
             device_us=time_.device_us,
             idle_us=time_.idle_us,
             queue_us=queue_us,
+            logprobs=logprobs,
         )
 
     def _error(self, plan: pb.StepPlan, reason: str) -> pb.StepResult:
