@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 
-import torch
-
 from manta.configs.schema import ServeConfig
+from manta.kernels.metadata import KVCache
 
 CPU_SHARE = 0.25  # of the free memory, for all ranks of the host together
 CPU_MAX_BYTES = 4 * 2**30
+GPU_GRAIN_BYTES = 2 * 2**20  # torch rounds large allocations up to these
 SPARE_BLOCKS = 16  # beyond what all sequences at full length need
 MIN_SEQUENCE_TOKENS = 256  # a pool that cannot hold one such sequence serves nobody
 
@@ -17,40 +17,49 @@ class CapacityError(RuntimeError):
 
 
 @dataclass(frozen=True, slots=True)
-class GpuMemory:
-    """A GPU after a profiling run, in bytes."""
+class KVSize:
+    """What one block takes: keys and values of every layer have a tensor of their own."""
 
-    total_bytes: int
-    peak_bytes: int  # of this process's tensors during the run: weights and activations
-    other_bytes: int  # everything else on the device: contexts, libraries, other processes
+    num_tensors: int
+    tensor_bytes: int  # of one block in one tensor
+    block_size: int  # tokens
 
-    @staticmethod
-    def measured(device: torch.device) -> "GpuMemory":
-        """Reads the counters; the run must have followed a reset of the peak."""
-        free_bytes, total_bytes = torch.cuda.mem_get_info(device)
-        other_bytes = total_bytes - free_bytes - torch.cuda.memory_reserved(device)
-        return GpuMemory(total_bytes, torch.cuda.max_memory_allocated(device), max(0, other_bytes))
+    @classmethod
+    def of(cls, one_block: KVCache, block_size: int) -> "KVSize":
+        """From a cache of a single block."""
+        tensors = [pages for layer in one_block for pages in layer]
+        return cls(len(tensors), tensors[0].nbytes, block_size)
+
+    @property
+    def block_bytes(self) -> int:
+        return self.num_tensors * self.tensor_bytes
+
+    def num_blocks(self, num_tokens: int) -> int:
+        """Blocks of a sequence of so many tokens."""
+        return -(-num_tokens // self.block_size)
+
+    def bytes_of(self, num_tokens: int) -> int:
+        """What a sequence of so many tokens takes."""
+        return self.num_blocks(num_tokens) * self.block_bytes
 
 
-def num_gpu_blocks(config: ServeConfig, memory: GpuMemory, bytes_per_block: int, max_model_len: int) -> int:
-    """Blocks that fit beside weights and activations. Raises CapacityError."""
+def num_gpu_blocks(config: ServeConfig, kv: KVSize, left_bytes: int, max_model_len: int) -> int | None:
+    """Blocks that fit into what is left of a GPU; None if these are too few to serve with. Raises CapacityError if the
+    configuration gives the bytes, and they are too few.
+
+    Where --max-model-len is given, one sequence of that length must fit; the model's own limit is only hoped for.
+    """
     if config.num_gpu_blocks_override is not None:
         return config.num_gpu_blocks_override
     if config.kv_cache_memory_bytes is not None:
-        return _blocks_of(config, int(config.kv_cache_memory_bytes), bytes_per_block, max_model_len)
-    budget_bytes = int(memory.total_bytes * config.gpu_memory_utilization)
-    left_bytes = budget_bytes - memory.peak_bytes - memory.other_bytes
-    num_blocks = left_bytes // bytes_per_block
-    if num_blocks < min_blocks(config, max_model_len):
-        raise CapacityError(
-            f"no room for KV blocks: --gpu-memory-utilization {config.gpu_memory_utilization} allows "
-            f"{_mib(budget_bytes)} of {_mib(memory.total_bytes)}, weights and activations of "
-            f"{config.max_num_batched_tokens} tokens take {_mib(memory.peak_bytes)}, other use of the device "
-            f"{_mib(memory.other_bytes)}; {min_blocks(config, max_model_len)} blocks of {_mib(bytes_per_block)} are "
-            f"the least. Raise --gpu-memory-utilization, lower --max-num-batched-tokens or --max-num-seqs, or split "
-            f"the model with --tensor-parallel-size"
-        )
-    return num_blocks
+        return _blocks_of(config, int(config.kv_cache_memory_bytes), kv.block_bytes, max_model_len)
+    # Every tensor is an allocation of its own, rounded up.
+    per_tensor_bytes = max(0, left_bytes) // kv.num_tensors // GPU_GRAIN_BYTES * GPU_GRAIN_BYTES
+    num_blocks = per_tensor_bytes // kv.tensor_bytes
+    least = min_blocks(config, max_model_len)
+    if config.max_model_len is not None:
+        least = max(least, kv.num_blocks(max_model_len))
+    return num_blocks if num_blocks >= least else None
 
 
 def num_cpu_blocks(
@@ -76,13 +85,14 @@ def _blocks_of(config: ServeConfig, memory_bytes: int, bytes_per_block: int, max
     num_blocks = memory_bytes // bytes_per_block
     if num_blocks < min_blocks(config, max_model_len):
         raise CapacityError(
-            f"{_mib(memory_bytes)} of KV cache hold {num_blocks} blocks of {config.block_size} tokens "
-            f"({_mib(bytes_per_block)} each), but {min_blocks(config, max_model_len)} are the least. "
+            f"{mib(memory_bytes)} of KV cache hold {num_blocks} blocks of {config.block_size} tokens "
+            f"({mib(bytes_per_block)} each), but {min_blocks(config, max_model_len)} are the least. "
             f"Raise --kv-cache-memory-bytes to {min_blocks(config, max_model_len) * bytes_per_block} or more, "
             f"or free memory on the host"
         )
     return num_blocks
 
 
-def _mib(num_bytes: int) -> str:
+def mib(num_bytes: int) -> str:
+    """For people."""
     return f"{num_bytes / 2**20:,.1f} MiB"

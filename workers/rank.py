@@ -4,6 +4,7 @@ import gc
 import logging
 import math
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,18 +13,16 @@ import torch
 from manta.configs.model import ModelSpec, read_model_spec
 from manta.configs.schema import ServeConfig
 from manta.kernels import ops
-from manta.workers.capacity import GpuMemory, num_cpu_blocks, num_gpu_blocks
-from manta.workers.decode_graphs import CudaRecorder
+from manta.workers.assembly import assemble, max_model_len
+from manta.workers.capacity import KVSize, num_cpu_blocks, num_gpu_blocks
+from manta.workers.gpu_memory import CudaMeter, GpuMemory
 from manta.workers.host_cores import num_cores
 from manta.workers.host_memory import available_memory_bytes
-from manta.workers.limits import Limits
 from manta.workers.loader import load_model, resolve_model_folder
 from manta.workers.mesh import Mesh, connect_mesh
-from manta.workers.model import HiddenShape
 from manta.workers.models.decoder import CausalLM, allocate_kv_cache
 from manta.workers.runner import Runner
-from manta.workers.stage import Stage
-from manta.workers.warmup import run_largest_step, run_small_steps
+from manta.workers.warmup import run_largest_steps, run_small_steps
 from manta.workers.weights import weight_names, weight_slice
 
 logger = logging.getLogger(__name__)
@@ -62,29 +61,21 @@ class LoadedRank:
     bytes_per_block: int
     load_s: float
     profile_s: float
+    gpu_memory: GpuMemory | None  # of a rank on a GPU
 
     def start(self, num_blocks: int) -> Runner:
-        """Allocates the KV blocks and runs the model once in each shape of step. Every rank calls it."""
-        config, spec = self.config, self.spec
-        kv_cache = allocate_kv_cache(self.model, num_blocks, config.block_size, self.dtype, self.mesh.device)
-        hidden = HiddenShape(spec.hidden_size, self.dtype)
+        """Allocates the KV blocks and runs the model once in each shape of step. Every rank calls it. Raises
+        CapacityError."""
         ops.warm_up(self.dtype, self.mesh.device)
-        run_small_steps(self.model, self.mesh, kv_cache, config, hidden)
-        limits = Limits(
-            num_blocks=num_blocks,
-            block_size=config.block_size,
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            max_model_len=_max_model_len(config, spec),
-            vocab_size=spec.vocab_size,
-        )
-        on_device = self.mesh.device.type == "cuda" and ops.has_gpu_kernels()
-        record = CudaRecorder() if on_device and not config.enforce_eager else None
-        stage = Stage(self.model, self.mesh, kv_cache, limits, hidden)
-        runner = Runner(stage, on_device=on_device, record=record)
+        with self._during(f"allocating {num_blocks} KV blocks and getting ready for steps on them"):
+            runner = assemble(self.config, self.model, num_blocks)
+            run_small_steps(runner, self.config, max_model_len(self.config, self.spec))
         gc.collect()
         gc.freeze()  # what lives now lives for good: the collector need not look at it during steps
         return runner
+
+    def _during(self, what: str) -> AbstractContextManager[None]:
+        return nullcontext() if self.gpu_memory is None else self.gpu_memory.during(what)
 
 
 def load_rank(config: ServeConfig, placement: Placement) -> LoadedRank:
@@ -99,6 +90,7 @@ def load_rank(config: ServeConfig, placement: Placement) -> LoadedRank:
     folder = resolve_model_folder(config.model)
     spec = read_model_spec(folder)
     dtype: torch.dtype = getattr(torch, spec.dtype if config.dtype == "auto" else config.dtype)
+    memory = GpuMemory(config, CudaMeter(device)) if device.type == "cuda" else None
     mesh = connect_mesh(
         tp_rank=placement.tp_rank,
         tp_size=config.tensor_parallel_size,
@@ -110,11 +102,15 @@ def load_rank(config: ServeConfig, placement: Placement) -> LoadedRank:
         host=placement.rendezvous_host,
         port=placement.rendezvous_port,
     )
-    model = load_model(folder, spec, mesh, dtype, load_format=config.load_format, seed=config.seed)
+    with nullcontext() if memory is None else memory.during("loading the weights"):
+        model = load_model(folder, spec, mesh, dtype, load_format=config.load_format, seed=config.seed)
     loaded_s = time.perf_counter()
-    page = ops.page_shape(config.block_size, spec.head_dim, dtype, device)
-    bytes_per_block = 2 * model.num_local_layers * model.num_local_kv_heads * math.prod(page) * dtype.itemsize
-    num_blocks = _measure(config, spec, mesh, model, dtype, bytes_per_block, placement.num_workers_on_host)
+    kv = KVSize.of(allocate_kv_cache(model, 1, config.block_size, dtype, device), config.block_size)
+    if memory is None:
+        length, free_bytes = max_model_len(config, spec), available_memory_bytes()
+        num_blocks = num_cpu_blocks(config, free_bytes, placement.num_workers_on_host, kv.block_bytes, length)
+    else:
+        num_blocks = gpu_blocks(config, model, kv, memory)
     rank = LoadedRank(
         config=config,
         spec=spec,
@@ -123,9 +119,10 @@ def load_rank(config: ServeConfig, placement: Placement) -> LoadedRank:
         dtype=dtype,
         num_blocks=num_blocks,
         weight_bytes=_weight_bytes(spec, mesh, dtype),
-        bytes_per_block=bytes_per_block,
+        bytes_per_block=kv.block_bytes,
         load_s=loaded_s - started_s,
         profile_s=time.perf_counter() - loaded_s,
+        gpu_memory=memory,
     )
     logger.info("%d KV blocks fit beside %.1f MiB of weights", num_blocks, rank.weight_bytes / 2**20)
     return rank
@@ -166,27 +163,17 @@ def _weight_bytes(spec: ModelSpec, mesh: Mesh, dtype: torch.dtype) -> int:
     return num_weights * dtype.itemsize
 
 
-def _max_model_len(config: ServeConfig, spec: ModelSpec) -> int:
-    return config.max_model_len or spec.max_position
-
-
-def _measure(
-    config: ServeConfig,
-    spec: ModelSpec,
-    mesh: Mesh,
-    model: CausalLM,
-    dtype: torch.dtype,
-    bytes_per_block: int,
-    num_workers_on_host: int,
-) -> int:
-    """KV blocks that fit: on a GPU beside the largest step, on a CPU in the rank's share of the memory."""
-    max_model_len = _max_model_len(config, spec)
-    if mesh.device.type != "cuda":
-        return num_cpu_blocks(config, available_memory_bytes(), num_workers_on_host, bytes_per_block, max_model_len)
-    torch.cuda.reset_peak_memory_stats(mesh.device)
-    one_block = allocate_kv_cache(model, 1, config.block_size, dtype, mesh.device)
-    run_largest_step(model, mesh, one_block, config, HiddenShape(spec.hidden_size, dtype), max_model_len)
-    torch.cuda.synchronize(mesh.device)
-    memory = GpuMemory.measured(mesh.device)
-    torch.cuda.empty_cache()
-    return num_gpu_blocks(config, memory, bytes_per_block, max_model_len)
+def gpu_blocks(config: ServeConfig, model: CausalLM, kv: KVSize, memory: GpuMemory) -> int:
+    """KV blocks that fit into a GPU beside all the rest. Raises CapacityError."""
+    length = max_model_len(config, model.spec)
+    memory.weights_are_loaded(kv, length)
+    memory.try_out(
+        build=lambda: assemble(config, model, num_blocks=1),
+        exercise=lambda runner: run_largest_steps(runner, config, length),
+    )
+    num_blocks = num_gpu_blocks(config, kv, memory.left_bytes, length)
+    if num_blocks is None:
+        raise memory.error("no room for KV blocks")
+    if num_blocks < kv.num_blocks(length):
+        logger.warning("KV blocks for %d tokens fit, fewer than max_model_len %d", num_blocks * kv.block_size, length)
+    return num_blocks

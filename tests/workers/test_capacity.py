@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from manta.configs.schema import ServeConfig
-from manta.workers.capacity import CapacityError, GpuMemory, num_cpu_blocks, num_gpu_blocks
+from manta.workers.capacity import CapacityError, KVSize, num_cpu_blocks, num_gpu_blocks
 from manta.workers.host_memory import available_memory_bytes
 
 GIB = 2**30
@@ -17,20 +18,29 @@ def config(**fields: Any) -> ServeConfig:
     return ServeConfig(model="m", **fields)
 
 
-def test_a_gpu_holds_what_utilization_leaves_beside_weights_and_activations() -> None:
-    memory = GpuMemory(total_bytes=80 * GIB, peak_bytes=20 * GIB, other_bytes=2 * GIB)
-    assert num_gpu_blocks(config(gpu_memory_utilization=0.9), memory, 2 * MIB, 8192) == (72 - 22) * 512
-    assert num_gpu_blocks(config(gpu_memory_utilization=0.5), memory, 2 * MIB, 8192) == (40 - 22) * 512
-    assert num_gpu_blocks(config(kv_cache_memory_bytes="4GiB"), memory, 2 * MIB, 8192) == 2048
-    assert num_gpu_blocks(config(num_gpu_blocks_override=7), memory, 2 * MIB, 8192) == 7
+LAYERS = KVSize(num_tensors=64, tensor_bytes=32 * 1024, block_size=16)  # 2 MiB a block
 
 
-def test_a_full_gpu_is_an_error_with_numbers_and_flags() -> None:
-    memory = GpuMemory(total_bytes=24 * GIB, peak_bytes=22 * GIB, other_bytes=GIB)
-    with pytest.raises(CapacityError, match=r"22,118\.4 MiB of 24,576\.0 MiB.*22,528\.0 MiB.*16 blocks") as error:
-        num_gpu_blocks(config(), memory, 2 * MIB, 8192)
-    for flag in ("--gpu-memory-utilization", "--max-num-batched-tokens", "--tensor-parallel-size"):
-        assert flag in str(error.value)
+def test_a_gpu_holds_what_is_left_in_whole_allocations() -> None:
+    assert num_gpu_blocks(config(), LAYERS, 50 * GIB, 8192) == 50 * 512
+    assert num_gpu_blocks(config(), LAYERS, 50 * GIB + 127 * MIB, 8192) == 50 * 512  # each tensor is rounded to 2 MiB
+    assert num_gpu_blocks(config(), LAYERS, 50 * GIB + 128 * MIB, 8192) == 50 * 512 + 64
+    assert num_gpu_blocks(config(kv_cache_memory_bytes="4GiB"), LAYERS, 0, 8192) == 2048
+    assert num_gpu_blocks(config(num_gpu_blocks_override=7), LAYERS, 0, 8192) == 7
+
+
+def test_a_sequence_of_the_length_that_was_asked_for_must_fit_a_gpu() -> None:
+    assert LAYERS.bytes_of(8192) == LAYERS.bytes_of(8177) == GIB
+    assert num_gpu_blocks(config(max_model_len=8192), LAYERS, GIB, 8192) == 512
+    assert num_gpu_blocks(config(max_model_len=8192), LAYERS, GIB - 1, 8192) is None
+    assert num_gpu_blocks(config(), LAYERS, GIB - 1, 8192) == 448
+    assert num_gpu_blocks(config(), LAYERS, 128 * MIB - 1, 8192) is None
+    assert num_gpu_blocks(config(), LAYERS, -GIB, 8192) is None
+
+
+def test_the_size_of_blocks_is_that_of_a_cache() -> None:
+    layer = (torch.zeros(1, 2, 16, 8), torch.zeros(1, 2, 16, 8))
+    assert KVSize.of([layer, layer], 16) == KVSize(num_tensors=4, tensor_bytes=1024, block_size=16)
 
 
 def test_a_cpu_rank_takes_its_share_of_a_quarter_of_the_free_memory() -> None:
