@@ -9,6 +9,7 @@ from typing import Any, Self
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from manta.workers.read_ahead import Extent
 from manta.workers.weights import WeightError
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -22,6 +23,7 @@ class Checkpoint:
         self.folder = folder
         self._stack = ExitStack()
         self._open: dict[str, Any] = {}
+        self._offsets: dict[str, dict[str, tuple[int, int]]] = {}
         self.file_of = self._read_index() if (folder / INDEX_NAME).is_file() else self._read_headers()
 
     def __enter__(self) -> Self:
@@ -40,6 +42,16 @@ class Checkpoint:
         """One slice per axis of a tensor; only that part is read."""
         tensor: Tensor = self._slice(name)[part]
         return tensor
+
+    def extent(self, name: str) -> Extent:
+        """Where the tensor's bytes lie."""
+        file = self.file_of[name]
+        if file not in self._offsets:
+            self._offsets[file] = _read_offsets(self.folder / file)
+        try:
+            return Extent(self.folder / file, *self._offsets[file][name])
+        except KeyError:
+            raise WeightError(f"tensor {name!r} is not in {self.folder / file}, where the index has it") from None
 
     def _slice(self, name: str) -> Any:
         file = self.file_of[name]
@@ -74,3 +86,21 @@ class Checkpoint:
         if not files:
             raise WeightError(f"{self.folder} has no *.safetensors weights; other formats are not read")
         return {name: file for file in files for name in self._file(file).keys()}  # noqa: SIM118 (not a dict)
+
+
+def _read_offsets(path: Path) -> dict[str, tuple[int, int]]:
+    """Where each tensor begins and ends: 8 bytes of the header's length, the header (JSON), then the tensors."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > path.stat().st_size:
+                raise ValueError("it has no header")
+            header = json.loads(file.read(length))
+        begin = 8 + length
+        return {
+            name: (begin + entry["data_offsets"][0], begin + entry["data_offsets"][1])
+            for name, entry in header.items()
+            if name != "__metadata__"
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise WeightError(f"{path} cannot be read as safetensors: {error}") from error
