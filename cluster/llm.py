@@ -11,6 +11,7 @@ from typing import Any, Self
 from tqdm.auto import tqdm
 
 from manta.cluster import preflight
+from manta.cluster.doors.bad_words import tokenize_bad_words
 from manta.cluster.doors.chat_format import check_messages, render_chat
 from manta.cluster.doors.limits import read_limits
 from manta.cluster.doors.output import OutputText
@@ -18,7 +19,7 @@ from manta.cluster.doors.text import Tokenizer, load_tokenizer
 from manta.cluster.engine.batch import Batch, Job
 from manta.cluster.engine.outputs import RequestMetrics, RequestOutput
 from manta.cluster.engine.thread import EngineThread
-from manta.cluster.engine.types import GenerationRequest, resolve_sampling
+from manta.cluster.engine.types import GenerationRequest, num_prompt_tokens_kept, resolve_sampling
 from manta.cluster.launch.local import LocalLauncher, local_gpus
 from manta.configs.sampling import SamplingParams
 from manta.configs.schema import ServeConfig
@@ -107,7 +108,10 @@ class LLM:
         """
         listed = _as_list(prompts)
         params = self._params_of(sampling_params, len(listed))
-        outputs = [self._output_of(prompt, index) for index, prompt in enumerate(listed)]
+        outputs = [
+            self._output_of(prompt, index, sampling)
+            for index, (prompt, sampling) in enumerate(zip(listed, params, strict=True))
+        ]
         with self._lock:
             self._run(outputs, params, use_tqdm)
         return outputs
@@ -151,7 +155,7 @@ class LLM:
             raise ValueError(f"{len(sampling_params)} sampling_params for {num_prompts} prompts; give one, or one each")
         return list(sampling_params)
 
-    def _output_of(self, prompt: Prompt, index: int) -> RequestOutput:
+    def _output_of(self, prompt: Prompt, index: int, sampling: SamplingParams) -> RequestOutput:
         """An output without completions yet; checks the prompt."""
         text: str | None = None
         if isinstance(prompt, dict):
@@ -162,6 +166,8 @@ class LLM:
         else:
             text, ids = (prompt, None) if isinstance(prompt, str) else (None, prompt)
         ids = self._text_tokenizer().encode(str(text)) if ids is None else [int(token) for token in ids]
+        keep = num_prompt_tokens_kept(sampling, self._max_model_len)
+        ids = ids if keep is None else ids[-keep:]
         if not ids:
             raise ValueError(f"prompt {index} has no tokens")
         if len(ids) >= self._max_model_len:
@@ -185,19 +191,26 @@ class LLM:
         self._num_handles += len(jobs)
         with tqdm(total=len(jobs), desc="Completions", delay=_SHORT_BATCH_S, disable=not use_tqdm) as bar:
             batch.run(on_finished=lambda _: bar.update())
+        decode = self._tokenizer.token_text if self._tokenizer else None
         for job in jobs:
+            job.finish(decode)
             _merge_times(owners[id(job)], job)
+            if job.prompt_records is not None and job.output.index == 0:
+                output = owners[id(job)]
+                places = job.prompt_records.by_token(output.prompt_token_ids[1:], decode)
+                output.prompt_logprobs = [None, *places]
 
     def _jobs_of(self, output: RequestOutput, sampling: SamplingParams) -> list[Job]:
         ids = output.prompt_token_ids
         jobs = []
+        bad_words = tokenize_bad_words(sampling.bad_words, self._text_tokenizer()) if sampling.bad_words else ()
         for index, one in enumerate(
             resolve_sampling(sampling, len(ids), self._max_model_len, self._seeds.getrandbits(63))
         ):
             text = OutputText(self._tokenizer, one, ids) if self._tokenizer else None
             if text is None and one.stop:
                 raise ValueError("stop strings need a tokenizer; skip_tokenizer_init=True leaves none")
-            job = Job(GenerationRequest(output.request_id, ids, one), index, text)
+            job = Job(GenerationRequest(output.request_id, ids, one, bad_words=bad_words), index, text)
             output.outputs.append(job.output)
             jobs.append(job)
         return jobs

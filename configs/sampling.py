@@ -1,11 +1,18 @@
 """How tokens are chosen and when a request ends: the one set of sampling parameters behind every door."""
 
+from collections.abc import Mapping
 from typing import Annotated, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_TOKEN_IDS = 128
+MAX_LOGPROBS = 20
+MAX_LOGIT_BIASES = 300
+MAX_LOGIT_BIAS = 100.0
+MAX_ALLOWED_TOKEN_IDS = 1024
+MAX_BAD_WORDS = 128
+MAX_BAD_WORD_CHARACTERS = 256
 MAX_SEED = 2**64 - 1
 GREEDY_BELOW = 1e-5  # a lower temperature overflows fp32 logits; it means greedy
 
@@ -16,6 +23,20 @@ def _as_tuple(value: object) -> object:
         return ()
     if isinstance(value, str):
         return (value,)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _listed(value: object) -> object:
+    """Strict validation takes no list for a tuple; of several equal ids one is enough."""
+    if not isinstance(value, list | tuple):
+        return value
+    return tuple(dict.fromkeys(value) if all(type(each) is int for each in value) else value)
+
+
+def _as_biases(value: object) -> object:
+    """JSON has token ids as strings."""
+    if isinstance(value, Mapping):
+        return {int(key) if isinstance(key, str) and key.isdecimal() else key: bias for key, bias in value.items()}
     return value
 
 
@@ -43,6 +64,22 @@ class SamplingParams(BaseModel):
     ignore_eos: bool = Field(False, description="go on after the model's end-of-sequence token")
     skip_special_tokens: bool = Field(True, description="leave special tokens out of the text")
     include_stop_str_in_output: bool = Field(False, description="keep the stop string that ended the text")
+    logprobs: int | None = Field(
+        None, ge=0, le=MAX_LOGPROBS, description="tell each token's log-probability, and so many of the best tokens'"
+    )
+    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="the same for the prompt's tokens")
+    logit_bias: Annotated[dict[int, float] | None, BeforeValidator(_as_biases)] = Field(
+        None, max_length=MAX_LOGIT_BIASES, description="token id -> what is added to its logit"
+    )
+    allowed_token_ids: Annotated[tuple[int, ...] | None, BeforeValidator(_listed)] = Field(
+        None, min_length=1, max_length=MAX_ALLOWED_TOKEN_IDS, description="no other tokens are generated"
+    )
+    bad_words: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = Field(
+        (), max_length=MAX_BAD_WORDS, description="texts that are not generated"
+    )
+    truncate_prompt_tokens: int | None = Field(
+        None, ge=-1, le=2**31 - 1, description="prompt tokens kept at most, the last ones; -1: as many as fit"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -52,6 +89,19 @@ class SamplingParams(BaseModel):
             raise ValueError("stop must not hold an empty string")
         if any(token < 0 for token in self.stop_token_ids):
             raise ValueError("stop_token_ids must not be negative")
+        for name in ("allowed_token_ids", "logit_bias"):
+            if any(token < 0 for token in getattr(self, name) or ()):
+                raise ValueError(f"{name} must not hold negative token ids")
+        for token, bias in (self.logit_bias or {}).items():
+            if abs(bias) > MAX_LOGIT_BIAS:
+                raise ValueError(f"logit_bias={bias} of token {token} must be between -100 and 100")
+        for word in self.bad_words:
+            if not word.strip() or len(word) > MAX_BAD_WORD_CHARACTERS:
+                raise ValueError(
+                    f"bad_words must be texts of up to {MAX_BAD_WORD_CHARACTERS} characters that are not blank"
+                )
+        if self.truncate_prompt_tokens == 0:
+            raise ValueError("truncate_prompt_tokens must be -1 (what fits) or at least 1")
         return self
 
     @property

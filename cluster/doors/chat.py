@@ -8,6 +8,7 @@ from manta.cluster.doors import fields
 from manta.cluster.doors.chat_format import check_messages, render_chat
 from manta.cluster.doors.errors import RequestError
 from manta.cluster.doors.exchange import Reply
+from manta.cluster.doors.logprob_format import TokenNames, chat_logprobs, prompt_logprobs
 from manta.cluster.doors.openai_call import (
     Completed,
     Options,
@@ -22,6 +23,7 @@ from manta.cluster.doors.output import Delta
 from manta.cluster.doors.service import Service
 from manta.cluster.doors.text import Tokenizer
 from manta.cluster.doors.validate import Ask, Resolved, check_bool, check_int, shown
+from manta.configs.sampling import MAX_LOGPROBS
 
 _RESERVED_KWARGS = frozenset(
     {"add_generation_prompt", "continue_final_message", "tokenize", "chat_template", "return_dict", "conversation"}
@@ -45,24 +47,28 @@ class ChatCompletions:
             model=given.get("model"),
             priority=given.get("priority", 0),
             cache_salt=given.get("cache_salt", ""),
-            truncate_prompt_tokens=given.get("truncate_prompt_tokens"),
             add_special_tokens=add_special_tokens,
             fills_context=True,
             prompt_param="messages",
         )
         request_id = service.free_id("chatcmpl", wanted_id)
         resolved = await service.validator.resolve(ask, request_id)
+        names = TokenNames(service.validator.tokenizer, options.tokens_as_ids)
         if options.stream:
             head = new_head(service, "chat.completion.chunk", request_id)
-            form = _ChatEvents(resolved, options)
+            form = _ChatEvents(resolved, options, names)
             await stream_call(service, head, resolved, options, form, reply)
             return
         head = new_head(service, "chat.completion", request_id)
         completed, usage = await collect_call(service, request_id, resolved)
-        choices = [_choice(index, one, options) for index, one in enumerate(completed)]
+        choices = [_choice(index, one, options, names) for index, one in enumerate(completed)]
         answer = head | {"choices": choices, "usage": usage.body()}
         if options.return_token_ids:
             answer["prompt_token_ids"] = resolved.prompts[0]
+        if completed[0].prompt_logprobs is not None:
+            answer["prompt_logprobs"] = prompt_logprobs(
+                resolved.prompts[0], completed[0].prompt_logprobs, names.tokenizer, given["prompt_logprobs"]
+            )
         await reply.json(answer)
 
 
@@ -93,14 +99,20 @@ def _sampling(given: dict[str, Any]) -> dict[str, Any]:
     sampling = {name: given[name] for name in fields.SAMPLING & given.keys()}
     if "max_completion_tokens" in given:
         sampling["max_tokens"] = check_int(given["max_completion_tokens"], "max_completion_tokens", 1, 2**31 - 1)
+    tells = check_bool(sampling.pop("logprobs", False), "logprobs")
+    num_best = check_int(given.get("top_logprobs", 0), "top_logprobs", 0, MAX_LOGPROBS)
+    if tells:
+        sampling["logprobs"] = num_best
+    elif num_best:
+        raise RequestError("top_logprobs needs logprobs=true", "top_logprobs")
     return sampling
 
 
-def _choice(index: int, one: Completed, options: Options) -> dict[str, Any]:
+def _choice(index: int, one: Completed, options: Options, names: TokenNames) -> dict[str, Any]:
     choice = {
         "index": index,
         "message": {"role": "assistant", "content": one.text, "refusal": None},
-        "logprobs": None,
+        "logprobs": None if one.logprobs is None else chat_logprobs(one.token_ids, one.logprobs, names),
         "finish_reason": one.finish_reason,
         "stop_reason": one.stop_reason,
     }
@@ -112,9 +124,10 @@ def _choice(index: int, one: Completed, options: Options) -> dict[str, Any]:
 class _ChatEvents:
     """First a chunk with `delta.role`, then `delta.content`, at the end an empty delta with the finish_reason."""
 
-    def __init__(self, resolved: Resolved, options: Options) -> None:
+    def __init__(self, resolved: Resolved, options: Options, names: TokenNames) -> None:
         self._resolved = resolved
         self._options = options
+        self._names = names
         self._new = set(range(len(resolved.requests)))
 
     def choices(self, index: int, delta: Delta) -> list[bytes]:
@@ -125,11 +138,14 @@ class _ChatEvents:
         token_ids = b""
         if self._options.return_token_ids:
             token_ids = b',"token_ids":' + orjson.dumps(delta.token_ids)
-        if delta.text or (token_ids and delta.token_ids):
+        logprobs = b"null"
+        if delta.logprobs is not None:
+            logprobs = orjson.dumps(chat_logprobs(delta.token_ids, delta.logprobs, self._names))
+        if delta.text or (delta.token_ids and (token_ids or delta.logprobs is not None)):
             content = orjson.dumps(delta.text)
             choices.append(
-                b'"index":%d,"delta":{"content":%b},"logprobs":null,"finish_reason":null%b'
-                % (index, content, token_ids)
+                b'"index":%d,"delta":{"content":%b},"logprobs":%b,"finish_reason":null%b'
+                % (index, content, logprobs, token_ids)
             )
         if delta.finish_reason is not None:
             reasons = {"finish_reason": delta.finish_reason, "stop_reason": delta.stop_reason}

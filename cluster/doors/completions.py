@@ -6,6 +6,7 @@ import orjson
 
 from manta.cluster.doors import fields
 from manta.cluster.doors.exchange import Reply
+from manta.cluster.doors.logprob_format import CompletionLogprobs, TokenNames, prompt_logprobs
 from manta.cluster.doors.openai_call import (
     Completed,
     Options,
@@ -33,68 +34,102 @@ class Completions:
         echoes = check_bool(given.get("echo", False), "echo")
         ask = Ask(
             prompt=given.get("prompt"),
-            sampling={name: given[name] for name in fields.SAMPLING & given.keys()},
+            sampling=_sampling(given, echoes),
             model=given.get("model"),
             priority=given.get("priority", 0),
             cache_salt=given.get("cache_salt", ""),
-            truncate_prompt_tokens=given.get("truncate_prompt_tokens"),
             add_special_tokens=given.get("add_special_tokens", True),
+            echoes=echoes,
         )
         request_id = service.free_id("cmpl", wanted_id)
         resolved = await service.validator.resolve(ask, request_id)
         head = new_head(service, "text_completion", request_id)
-        prefixes = self._prefixes(ask, resolved) if echoes else [""] * len(resolved.prompts)
+        prefixes = self._prefixes(ask, resolved) if echoes else None
+        names = TokenNames(service.validator.tokenizer, options.tokens_as_ids)
+        form = _CompletionForm(resolved, options, prefixes, names)
         if options.stream:
-            form = _CompletionEvents(resolved, options, prefixes)
             await stream_call(service, head, resolved, options, form, reply)
             return
         completed, usage = await collect_call(service, request_id, resolved)
-        choices = [
-            _choice(index, one, prefixes[index // resolved.n], resolved, options) for index, one in enumerate(completed)
-        ]
+        choices = [form.choice(index, one, given.get("prompt_logprobs")) for index, one in enumerate(completed)]
         await reply.json(head | {"choices": choices, "usage": usage.body()})
 
     def _prefixes(self, ask: Ask, resolved: Resolved) -> list[str]:
         """The text of each prompt, as far as it was not cut off."""
         decode = self._service.validator.tokenizer.decode
         return [
-            prompt if isinstance(prompt, str) and ask.truncate_prompt_tokens is None else decode(token_ids, True)
+            prompt
+            if isinstance(prompt, str) and "truncate_prompt_tokens" not in ask.sampling
+            else decode(token_ids, True)
             for prompt, token_ids in zip(resolved.sources, resolved.prompts, strict=True)
         ]
 
 
-def _choice(index: int, one: Completed, prefix: str, resolved: Resolved, options: Options) -> dict[str, Any]:
-    choice = {
-        "index": index,
-        "text": prefix + one.text,
-        "logprobs": None,
-        "finish_reason": one.finish_reason,
-        "stop_reason": one.stop_reason,
-    }
-    if options.return_token_ids:
-        choice |= {"prompt_token_ids": resolved.prompts[index // resolved.n], "token_ids": one.token_ids}
-    return choice
+def _sampling(given: dict[str, Any], echoes: bool) -> dict[str, Any]:
+    """An echoed prompt comes with its log-probabilities where those of the output are asked for."""
+    sampling = {name: given[name] for name in fields.SAMPLING & given.keys()}
+    num_logprobs, num_prompt_logprobs = sampling.get("logprobs"), sampling.get("prompt_logprobs", 0)
+    if num_logprobs is False:  # as in chat: none
+        del sampling["logprobs"]
+    elif echoes and type(num_logprobs) is int and type(num_prompt_logprobs) is int:
+        sampling["prompt_logprobs"] = max(num_logprobs, num_prompt_logprobs)
+    return sampling
 
 
-class _CompletionEvents:
-    """Chunks {"index", "text", "logprobs", "finish_reason", "stop_reason"}; the last text comes with its reason."""
+class _CompletionForm:
+    """How completions are written: whole, and as chunks {"index", "text", "logprobs", "finish_reason", "stop_reason"},
+    of which the last text comes with its reason. `prefixes`: the texts of the prompts, if they are echoed."""
 
-    def __init__(self, resolved: Resolved, options: Options, prefixes: list[str]) -> None:
+    def __init__(self, resolved: Resolved, options: Options, prefixes: list[str] | None, names: TokenNames) -> None:
         self._resolved = resolved
         self._options = options
-        self._prefixes = {index: prefixes[index // resolved.n] for index in range(len(resolved.requests))}
+        self._prefixes = prefixes
+        self._names = names
+        self._num_logprobs = resolved.requests[0].sampling.logprobs
+        self._new = set(range(len(resolved.requests)))
+
+    def choice(self, index: int, one: Completed, num_prompt_logprobs: int | None) -> dict[str, Any]:
+        """A whole completion; num_prompt_logprobs: as the client asked."""
+        prompt = self._resolved.prompts[index // self._resolved.n]
+        choice = {
+            "index": index,
+            "text": self._prefix(index) + one.text,
+            "logprobs": self._logprobs(index, one, is_first=True),
+            "finish_reason": one.finish_reason,
+            "stop_reason": one.stop_reason,
+        }
+        if self._options.return_token_ids:
+            choice |= {"prompt_token_ids": prompt, "token_ids": one.token_ids}
+        if num_prompt_logprobs is not None and one.prompt_logprobs is not None:
+            choice["prompt_logprobs"] = prompt_logprobs(
+                prompt, one.prompt_logprobs, self._names.tokenizer, num_prompt_logprobs
+            )
+        return choice
 
     def choices(self, index: int, delta: Delta) -> list[bytes]:
-        is_first = index in self._prefixes
-        text = self._prefixes.pop(index) + delta.text if is_first else delta.text
-        if not text and delta.finish_reason is None and not self._options.return_token_ids:
+        is_first = index in self._new
+        self._new.discard(index)
+        text = self._prefix(index) + delta.text if is_first else delta.text
+        tells_tokens = self._options.return_token_ids or (delta.logprobs is not None and delta.token_ids)
+        if not text and delta.finish_reason is None and not tells_tokens:
             return []
-        end = b',"logprobs":null,"finish_reason":null,"stop_reason":null'
-        if delta.finish_reason is not None:
-            reasons = {"finish_reason": delta.finish_reason, "stop_reason": delta.stop_reason}
-            end = b',"logprobs":null,' + orjson.dumps(reasons)[1:-1]
+        reasons = {"finish_reason": delta.finish_reason, "stop_reason": delta.stop_reason}
+        end = b"," + orjson.dumps({"logprobs": self._logprobs(index, delta, is_first)} | reasons)[1:-1]
         if self._options.return_token_ids:
             end += b',"token_ids":' + orjson.dumps(delta.token_ids)
             if is_first:
                 end += b',"prompt_token_ids":' + orjson.dumps(self._resolved.prompts[index // self._resolved.n])
         return [b'"index":%d,"text":%b%b' % (index, orjson.dumps(text), end)]
+
+    def _prefix(self, index: int) -> str:
+        return self._prefixes[index // self._resolved.n] if self._prefixes is not None else ""
+
+    def _logprobs(self, index: int, new: Completed | Delta, is_first: bool) -> dict[str, Any] | None:
+        if self._num_logprobs is None:
+            return None
+        written = CompletionLogprobs(self._names, self._num_logprobs)
+        if is_first and self._prefixes is not None and new.prompt_logprobs is not None:
+            written.add_prompt(self._resolved.prompts[index // self._resolved.n], new.prompt_logprobs)
+        if new.logprobs is not None:
+            written.add(new.token_ids, new.offsets, new.logprobs, len(self._prefix(index)))
+        return written.lists

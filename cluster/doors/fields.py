@@ -18,15 +18,15 @@ SHARED = frozenset(
         "stream_options",
         "priority",
         "cache_salt",
-        "truncate_prompt_tokens",
         "add_special_tokens",
         "return_token_ids",
+        "return_tokens_as_token_ids",
         "request_id",
     }
 )
 COMPLETION = SAMPLING | SHARED | {"prompt", "echo"}
 CHAT_TEMPLATE = frozenset({"messages", "add_generation_prompt", "continue_final_message", "chat_template_kwargs"})
-CHAT = SAMPLING | SHARED | CHAT_TEMPLATE | {"max_completion_tokens"}
+CHAT = SAMPLING | SHARED | CHAT_TEMPLATE | {"max_completion_tokens", "top_logprobs"}
 TOKENIZE = CHAT_TEMPLATE | {"model", "prompt", "add_special_tokens", "return_token_strs"}
 DETOKENIZE = frozenset({"model", "tokens"})
 
@@ -46,10 +46,7 @@ IGNORED = frozenset(
 
 # Known but not honoured, with the values that ask for nothing (null always does) and are therefore accepted.
 NOT_SUPPORTED: Mapping[str, tuple[Any, ...]] = {
-    "logprobs": (False,),
     "top_logprobs": (0,),
-    "prompt_logprobs": (),
-    "logit_bias": ({},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
@@ -60,8 +57,6 @@ NOT_SUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "use_beam_search": (False,),
     "length_penalty": (1, 1.0),
     "early_stopping": (False,),
-    "allowed_token_ids": (),
-    "bad_words": ([],),
     "logits_processors": ([],),
     "prompt_embeds": (),
     "suffix": ("",),
@@ -73,7 +68,6 @@ NOT_SUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "web_search_options": (),
     "reasoning_effort": (),
     "verbosity": (),
-    "return_tokens_as_token_ids": (False,),
     "spaces_between_special_tokens": (True,),
     "mm_processor_kwargs": ({},),
     "kv_transfer_params": (),
@@ -81,6 +75,7 @@ NOT_SUPPORTED: Mapping[str, tuple[Any, ...]] = {
 }
 
 _HINTS = {
+    "top_logprobs": "it belongs to chat; completions take logprobs as a number",
     "chat_template": "start the server with --chat-template",
     "reasoning_effort": "pass what the model's template reads through chat_template_kwargs",
     "best_of": "use n",

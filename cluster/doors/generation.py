@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Iterator
 from typing import cast
 
 from manta.cluster.doors.errors import Kind, RequestError, draining, from_engine
-from manta.cluster.doors.output import Delta, OutputText
+from manta.cluster.doors.output import Delta, OutputText, without_output
 from manta.cluster.doors.text import Tokenizer
 from manta.cluster.doors.validate import Resolved
 from manta.cluster.engine.client import Client, EngineError, TokenChunk
@@ -57,6 +57,8 @@ class Call:
             while True:
                 chunk = await self._next(chunks)
                 delta = output.abort() if chunk is None else output.push(chunk)
+                if self._resolved.is_prompt_only:
+                    delta = without_output(delta)
                 if completion == 0:
                     self._prompt_computed[prompt_index].set()
                 yield index, delta

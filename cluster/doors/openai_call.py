@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import orjson
@@ -17,6 +17,7 @@ from manta.cluster.doors.output import Delta
 from manta.cluster.doors.service import Service
 from manta.cluster.doors.usage import Usage
 from manta.cluster.doors.validate import Resolved, check_bool, shown
+from manta.cluster.engine.logprobs import Records, no_records
 
 HEADERS_AFTER_S = 1.0  # a refusal by the engine comes sooner and still gets its own HTTP status
 _STREAM_OPTIONS = frozenset({"include_usage", "continuous_usage_stats"})
@@ -32,6 +33,7 @@ class Options:
     include_usage: bool
     continuous_usage: bool
     return_token_ids: bool
+    tokens_as_ids: bool = False  # in log-probabilities
 
 
 def read_options(fields: dict[str, Any]) -> Options:
@@ -49,7 +51,10 @@ def read_options(fields: dict[str, Any]) -> Options:
     values = {name: check_bool(wanted[name], f"stream_options.{name}") for name in _STREAM_OPTIONS & wanted.keys()}
     continuous = values.get("continuous_usage_stats", False)
     return_token_ids = check_bool(fields.get("return_token_ids", False), "return_token_ids")
-    return Options(stream, values.get("include_usage", continuous), continuous, return_token_ids)
+    as_ids = check_bool(fields.get("return_tokens_as_token_ids", False), "return_tokens_as_token_ids")
+    if stream and fields.get("prompt_logprobs") is not None:
+        raise RequestError("prompt_logprobs are not told in a stream; set stream=false", "prompt_logprobs")
+    return Options(stream, values.get("include_usage", continuous), continuous, return_token_ids, as_ids)
 
 
 def read_request_id(fields: dict[str, Any], header: str) -> str:
@@ -133,6 +138,20 @@ class Completed:
     token_ids: list[int]
     finish_reason: str | None
     stop_reason: str | int | None
+    logprobs: Records | None = None  # of the token_ids
+    offsets: list[int] = field(default_factory=list)  # characters of the text before each token
+    prompt_logprobs: Records | None = None
+
+    def add(self, delta: Delta) -> None:
+        """Takes all but the text."""
+        self.token_ids += delta.token_ids
+        self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
+        if delta.logprobs is not None:
+            self.logprobs = self.logprobs or no_records()
+            self.logprobs.extend(delta.logprobs)
+            self.offsets += delta.offsets
+        if delta.prompt_logprobs is not None:
+            self.prompt_logprobs = delta.prompt_logprobs
 
 
 async def collect_call(service: Service, request_id: str, resolved: Resolved) -> tuple[list[Completed], Usage]:
@@ -145,9 +164,7 @@ async def collect_call(service: Service, request_id: str, resolved: Resolved) ->
             async for index, delta in deltas:
                 usage.add(index, delta)
                 texts[index].append(delta.text)
-                one = completed[index]
-                one.token_ids += delta.token_ids
-                one.finish_reason, one.stop_reason = delta.finish_reason, delta.stop_reason
+                completed[index].add(delta)
     for one, pieces in zip(completed, texts, strict=True):
         one.text = "".join(pieces)
     return completed, usage

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import logging
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from manta.cluster.doors.errors import RequestError, from_engine, internal
@@ -16,6 +16,7 @@ from manta.cluster.doors.state import answer_in_time, manta_version
 from manta.cluster.doors.usage import Usage
 from manta.cluster.doors.validate import Ask
 from manta.cluster.engine.client import EngineError
+from manta.cluster.engine.logprobs import Records, no_records
 from manta.protos import inference_pb2 as pb
 from manta.protos import inference_pb2_grpc as pb_grpc
 
@@ -132,24 +133,29 @@ async def _generate(service: Service, request: pb.GenerateRequest) -> AsyncGener
             steps = deltas if request.stream else _joined(deltas)
             async for _, delta in steps:
                 usage.add(0, delta)
-                response = _response(request_id, delta, request.output, usage)
+                response = _response(request_id, resolved.prompts[0], delta, request.output, usage)
                 if response is not None:
                     yield response
 
 
 def read_ask(request: pb.GenerateRequest) -> Ask:
     """The request in the validator's words: sampling fields that are not set do not appear."""
-    sampling = {
-        descriptor.name: value if isinstance(value, int | float) else list(value)  # repeated fields are containers
-        for descriptor, value in request.sampling.ListFields()
-    }
+    sampling = {descriptor.name: _plain(value) for descriptor, value in request.sampling.ListFields()}
     return Ask(
         prompt=_prompt(request),
         sampling=sampling,
         model=request.model,
         priority=request.priority,
         cache_salt=request.cache_salt,
+        add_special_tokens=request.add_special_tokens if request.HasField("add_special_tokens") else True,
     )
+
+
+def _plain(value: Any) -> Any:
+    """Repeated fields and maps are containers of protobuf's own."""
+    if isinstance(value, int | float):
+        return value
+    return dict(value) if hasattr(value, "items") else list(value)
 
 
 def _prompt(request: pb.GenerateRequest) -> str | list[int] | None:
@@ -162,29 +168,47 @@ def _prompt(request: pb.GenerateRequest) -> str | list[int] | None:
 async def _joined(deltas: AsyncIterator[IndexedDelta]) -> AsyncIterator[IndexedDelta]:
     """All deltas of one completion as a single one."""
     texts: list[str] = []
-    token_ids: list[int] = []
-    num_cached_tokens = 0
+    whole = Delta("", [])
     async for index, delta in deltas:
         texts.append(delta.text)
-        token_ids += delta.token_ids
-        num_cached_tokens = max(num_cached_tokens, delta.num_cached_tokens)
+        whole.token_ids += delta.token_ids
+        whole.num_cached_tokens = max(whole.num_cached_tokens, delta.num_cached_tokens)
+        if delta.logprobs is not None:
+            whole.logprobs = whole.logprobs or no_records()
+            whole.logprobs.extend(delta.logprobs)
+        if delta.prompt_logprobs is not None:
+            whole.prompt_logprobs = delta.prompt_logprobs
         if delta.finish_reason is not None:
-            text = "".join(texts)
-            yield index, Delta(text, token_ids, delta.finish_reason, delta.stop_reason, num_cached_tokens)
+            whole.text, whole.finish_reason, whole.stop_reason = "".join(texts), delta.finish_reason, delta.stop_reason
+            yield index, whole
 
 
-def _response(request_id: str, delta: Delta, output: int, usage: Usage) -> pb.GenerateResponse | None:
+def _logprobs(token_ids: Sequence[int], records: Records) -> list[pb.TokenLogprobs]:
+    return [
+        pb.TokenLogprobs(token_id=token, logprob=chosen, rank=rank, top_ids=ids, top_logprobs=best)
+        for token, chosen, rank, ids, best in zip(
+            token_ids, records.chosen, records.ranks, records.best_ids, records.best, strict=True
+        )
+    ]
+
+
+def _response(
+    request_id: str, prompt: list[int], delta: Delta, output: int, usage: Usage
+) -> pb.GenerateResponse | None:
     text = "" if output == pb.GenerateRequest.TOKENS else delta.text
     token_ids = [] if output == pb.GenerateRequest.TEXT else delta.token_ids
+    tells_tokens = delta.token_ids and delta.logprobs is not None
+    if delta.finish_reason is None and not (text or token_ids or tells_tokens):
+        return None
+    response = pb.GenerateResponse(request_id=request_id, text=text, token_ids=token_ids)
+    if delta.logprobs is not None:
+        response.logprobs.extend(_logprobs(delta.token_ids, delta.logprobs))
+    if delta.prompt_logprobs is not None:
+        response.prompt_logprobs.extend(_logprobs(prompt[1:], delta.prompt_logprobs))
     if delta.finish_reason is None:
-        return pb.GenerateResponse(request_id=request_id, text=text, token_ids=token_ids) if text or token_ids else None
-    response = pb.GenerateResponse(
-        request_id=request_id,
-        text=text,
-        token_ids=token_ids,
-        finish_reason=delta.finish_reason,
-        usage=pb.Usage(**usage.counts()),
-    )
+        return response
+    response.finish_reason = delta.finish_reason
+    response.usage.CopyFrom(pb.Usage(**usage.counts()))
     if isinstance(delta.stop_reason, str):
         response.stop_string = delta.stop_reason
     elif delta.stop_reason is not None:

@@ -54,6 +54,7 @@ class Tokenizer:
             self._backend.no_truncation()
             self._backend.no_padding()
         self._token_bytes: dict[bool, TokenBytes] = {}
+        self._texts: dict[int, str] = {}
         # The longest token as the vocabulary writes it. Here, not on first use: a large vocabulary takes 0.1 s.
         self.max_token_characters: int = max(len(token) for token in hf_tokenizer.get_vocab())
 
@@ -86,6 +87,30 @@ class Tokenizer:
     def tokens(self, token_ids: Sequence[int]) -> list[str]:
         """The tokens as the vocabulary writes them; "" for an id without one."""
         return [token or "" for token in self.hf.convert_ids_to_tokens(list(token_ids))]
+
+    def token_text(self, token_id: int) -> str:
+        """The text of a token by itself, a space before it included; what is no whole character as U+FFFD."""
+        text = self._texts.get(token_id)
+        if text is None:
+            text = self._texts[token_id] = self._token_text(token_id)
+        return text
+
+    def bytes_of(self, token_id: int) -> bytes:
+        """The bytes that a token stands for."""
+        if self.is_byte_level:
+            return self.token_bytes(False)[token_id]
+        (token,) = self.tokens([token_id])
+        if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):  # byte fallback
+            return bytes([int(token[3:5], 16)])
+        return self.token_text(token_id).encode()
+
+    def _token_text(self, token_id: int) -> str:
+        if self.is_byte_level:
+            return self.token_bytes(False)[token_id].decode(errors="replace")
+        text = self.decode([token_id])
+        (token,) = self.tokens([token_id])
+        # Decoders drop the space that SentencePiece writes before the first word of a text.
+        return " " + text if token.startswith("\u2581") and not text.startswith(" ") else text
 
     def token_bytes(self, skip_special_tokens: bool) -> TokenBytes:
         """Bytes per token id, for byte-level vocabularies only; one table per flag for all requests."""

@@ -8,10 +8,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from manta.cluster.doors.bad_words import tokenize_bad_words
 from manta.cluster.doors.errors import Kind, RequestError
 from manta.cluster.doors.limits import ModelLimits
 from manta.cluster.doors.text import Tokenizer
-from manta.cluster.engine.client import GenerationRequest, resolve_sampling
+from manta.cluster.engine.client import GenerationRequest, num_prompt_tokens_kept, resolve_sampling
 from manta.configs.sampling import SamplingParams
 
 DEFAULT_MAX_TOKENS = 16  # of completions, as in the OpenAI API
@@ -35,10 +36,10 @@ class Ask:
     priority: Any = 0
     cache_salt: Any = ""
     tenant: str = ""
-    truncate_prompt_tokens: Any = None
     add_special_tokens: Any = True
     fills_context: bool = False  # without max_tokens: up to the context length (chat), not 16 tokens (completions)
     prompt_param: str = "prompt"  # the field that errors about the prompt name
+    echoes: bool = False  # the prompt is part of the answer: max_tokens may be 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,7 @@ class Resolved:
     sources: list[Prompt]  # the prompts as they were given
     prompts: list[list[int]]  # their token ids
     n: int
+    is_prompt_only: bool = False  # the one token that each request generates is left out
     requests: list[GenerationRequest] = field(default_factory=list)
 
     @property
@@ -67,7 +69,11 @@ class Validator:
     async def resolve(self, ask: Ask, request_id: str) -> Resolved:
         """Raises RequestError naming the field at fault. Long texts are tokenized in a thread."""
         self.check_model(ask.model)
-        sampling = self.check_sampling(ask.sampling, ask.fills_context)
+        raw = dict(ask.sampling)
+        is_prompt_only = ask.echoes and type(raw.get("max_tokens")) is int and raw["max_tokens"] == 0
+        if is_prompt_only:
+            raw["max_tokens"] = 1
+        sampling = self.check_sampling(raw, ask.fills_context)
         priority = check_int(ask.priority, "priority", -_INT32, _INT32 - 1)
         salt = _check_salt(ask.cache_salt)
         sources = check_prompts(ask.prompt, ask.prompt_param)
@@ -75,9 +81,10 @@ class Validator:
             raise RequestError(
                 f"{len(sources)} prompts with n={sampling.n} are more than {MAX_SEQUENCES} completions", "n"
             )
-        keep = self._num_tokens_kept(ask.truncate_prompt_tokens, sampling)
+        keep = self._num_tokens_kept(sampling)
         prompts = await self._encode_all(sources, keep, ask)
-        resolved = Resolved(sources, prompts, sampling.n)
+        resolved = Resolved(sources, prompts, sampling.n, is_prompt_only)
+        bad_words = tokenize_bad_words(sampling.bad_words, self.tokenizer)
         for token_ids in prompts:
             fitted = self._fit_context(sampling, len(token_ids), "max_tokens" in ask.sampling, ask)
             seed = self._seeds.getrandbits(63)
@@ -85,7 +92,8 @@ class Validator:
                 name = request_id
                 if len(prompts) * sampling.n > 1:
                     name = f"{request_id}-{len(resolved.requests)}"
-                resolved.requests.append(GenerationRequest(name, token_ids, one, priority, ask.tenant, salt))
+                request = GenerationRequest(name, token_ids, one, priority, ask.tenant, salt, bad_words=bad_words)
+                resolved.requests.append(request)
         return resolved
 
     def check_model(self, model: Any) -> None:
@@ -106,18 +114,16 @@ class Validator:
         else:
             values |= self.limits.sampling_defaults
         values |= raw
-        for name in ("stop", "stop_token_ids"):
-            if isinstance(values.get(name), list):
-                values[name] = tuple(values[name])  # strict mode, which keeps "1" and true from being numbers
         try:
-            sampling = SamplingParams.model_validate(values, strict=True)
+            sampling = SamplingParams.model_validate(values, strict=True)  # "1" and true are no numbers
         except ValidationError as error:
             raise _sampling_error(error)
         for text in sampling.stop:
             if len(text) > MAX_STOP_CHARACTERS:
                 message = f"stop: a stop string has {len(text)} characters; at most {MAX_STOP_CHARACTERS} are possible"
                 raise RequestError(message, "stop")
-        self._check_vocabulary(sampling.stop_token_ids, "stop_token_ids")
+        for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+            self._check_vocabulary(getattr(sampling, name), name)
         return sampling
 
     async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -136,7 +142,7 @@ class Validator:
     def _check_vocabulary(self, token_ids: Any, param: str) -> None:
         if not token_ids:
             return
-        low, high = min(token_ids), max(token_ids)
+        low, high = min(token_ids), max(token_ids)  # of a dict: its keys
         if low < 0 or high >= self.limits.vocab_size:
             message = (
                 f"{param}: token id {low if low < 0 else high} is outside the vocabulary; "
@@ -144,16 +150,12 @@ class Validator:
             )
             raise RequestError(message, param)
 
-    def _num_tokens_kept(self, truncate: Any, sampling: SamplingParams) -> int | None:
-        if truncate is None:
-            return None
-        limit = self.limits.max_model_len
-        keep = check_int(truncate, "truncate_prompt_tokens", -1, limit)
-        if keep == 0:
-            raise RequestError(
-                f"truncate_prompt_tokens must be -1 (what fits) or 1 to {limit}", "truncate_prompt_tokens"
-            )
-        return max(limit - (sampling.max_tokens or 1), 1) if keep == -1 else keep
+    def _num_tokens_kept(self, sampling: SamplingParams) -> int | None:
+        keep, limit = num_prompt_tokens_kept(sampling, self.limits.max_model_len), self.limits.max_model_len
+        if keep is not None and keep > limit:
+            name = "truncate_prompt_tokens"
+            raise RequestError(f"{name} must be -1 (what fits) or 1 to {limit}, not {keep}", name)
+        return keep
 
     async def _encode_all(self, sources: list[Prompt], keep: int | None, ask: Ask) -> list[list[int]]:
         add_special_tokens = check_bool(ask.add_special_tokens, "add_special_tokens")

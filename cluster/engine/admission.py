@@ -7,6 +7,8 @@ from manta.protos import engine_pb2 as pb
 from manta.protos import sampling_pb2
 from manta.scheduler.types import RefusedError, Request, Tokens
 
+MAX_RECORDED = 256  # of the best tokens, with each log-probability: what workers can find
+
 
 class InvalidSubmitError(RefusedError):
     """A field of the request is out of range; the message is one sentence for the user."""
@@ -25,6 +27,7 @@ def build_request(submit: pb.Submit, request_id: int, spec: ModelSpec, now_s: fl
     sampling.CopyFrom(submit.sampling)
     del sampling.stop_token_ids[:]
     sampling.stop_token_ids.extend(sorted(stop_token_ids))
+    _check_constraints(sampling, spec.vocab_size)
     return Request(
         id=request_id,
         prompt=prompt,
@@ -39,7 +42,24 @@ def build_request(submit: pb.Submit, request_id: int, spec: ModelSpec, now_s: fl
         salt=submit.cache_salt,
         output=output,
         name=submit.request_id,
+        num_logprobs=sampling.num_logprobs if sampling.HasField("num_logprobs") else None,
+        num_prompt_logprobs=sampling.num_prompt_logprobs if sampling.HasField("num_prompt_logprobs") else None,
     )
+
+
+def _check_constraints(sampling: sampling_pb2.Sampling, vocab_size: int) -> None:
+    """Workers report no more of the best tokens than there are, and nobody could tell."""
+    columns = {"allowed_token_ids": sampling.allowed_token_ids, "logit_bias": sampling.bias_token_ids}
+    for name, column in columns.items():
+        _check_tokens(np.frombuffer(column, "<i4"), name, vocab_size)
+    for word in sampling.bad_words:
+        _check_tokens(np.frombuffer(word, "<i4"), "bad_words", vocab_size)
+    for name, number in (("logprobs", sampling.num_logprobs), ("prompt_logprobs", sampling.num_prompt_logprobs)):
+        if number > min(MAX_RECORDED, vocab_size):
+            raise InvalidSubmitError(f"{name}={number} is more than the {min(MAX_RECORDED, vocab_size)} possible")
+    allowed = np.frombuffer(sampling.allowed_token_ids, "<i4")
+    if sampling.min_tokens and len(allowed) and np.isin(allowed, sampling.stop_token_ids).all():
+        raise InvalidSubmitError("allowed_token_ids has only tokens that end the text, and min_tokens forbids these")
 
 
 def _check_tokens(tokens: Tokens, what: str, vocab_size: int) -> None:

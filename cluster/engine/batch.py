@@ -6,7 +6,8 @@ from itertools import islice
 
 import numpy as np
 
-from manta.cluster.doors.output import OutputText
+from manta.cluster.doors.output import Delta, OutputText
+from manta.cluster.engine.logprobs import Records, no_records, read_records
 from manta.cluster.engine.outputs import CompletionOutput
 from manta.cluster.engine.streams import build_submit, refusal
 from manta.cluster.engine.thread import EngineThread
@@ -27,33 +28,58 @@ class Job:
         self._text = text
         self._reads_along = bool(request.sampling.stop)  # else the text is made at the end, in one go
         self._unread: list[int] = []
+        self._unread_logprobs: list[bytes] = []
+        self._prompt_logprobs: list[bytes] = []
+        self.prompt_records: Records | None = None
+        self._records = no_records()
 
     def push(self, chunk: TokenChunk) -> bool:
         """Takes new tokens; returns whether the request has ended, be it by a stop string only seen here."""
         if chunk.token_ids and self.first_token_time is None:
             self.first_token_time = time.time()
-        if chunk.finish_reason is None and not self._reads_along:
+        if chunk.prompt_logprobs:
+            self._prompt_logprobs.append(chunk.prompt_logprobs)
+        if chunk.finish_reason is None and not (self._reads_along and chunk.token_ids):
             self._unread += chunk.token_ids
+            self._unread_logprobs.append(chunk.logprobs)
             return False
         chunk.token_ids = self._unread + chunk.token_ids
-        self._unread = []
+        chunk.logprobs = b"".join([*self._unread_logprobs, chunk.logprobs])
+        chunk.prompt_logprobs, self._prompt_logprobs = b"".join(self._prompt_logprobs), []
+        self._unread, self._unread_logprobs = [], []
         self._read(chunk)
         if self.output.finish_reason is not None:
             self.finished_time = time.time()
         return self.output.finish_reason is not None
 
+    def finish(self, decode: Callable[[int], str] | None) -> None:
+        """Fills in what is made of all tokens together, when the request has ended; decode: the text of a token."""
+        if self.request.sampling.logprobs is not None:
+            self.output.logprobs = self._records.by_token(self.output.token_ids, decode)
+            self.output.cumulative_logprob = sum(self._records.chosen)
+
     def _read(self, chunk: TokenChunk) -> None:
         output = self.output
-        if self._text is None:
-            output.token_ids += chunk.token_ids
-            output.finish_reason = chunk.finish_reason
-            if chunk.stop_token in self.request.sampling.stop_token_ids:
-                output.stop_reason = chunk.stop_token
-            return
-        delta = self._text.push(chunk)
+        delta = self._plain_delta(chunk) if self._text is None else self._text.push(chunk)
         output.text += delta.text
         output.token_ids += delta.token_ids
         output.finish_reason, output.stop_reason = delta.finish_reason, delta.stop_reason
+        if delta.logprobs is not None:
+            self._records.extend(delta.logprobs)
+        if delta.prompt_logprobs is not None:
+            self.prompt_records = delta.prompt_logprobs
+
+    def _plain_delta(self, chunk: TokenChunk) -> Delta:
+        """Without text."""
+        sampling = self.request.sampling
+        delta = Delta("", chunk.token_ids, chunk.finish_reason)
+        if chunk.stop_token in sampling.stop_token_ids:
+            delta.stop_reason = chunk.stop_token
+        if sampling.logprobs is not None:
+            delta.logprobs = read_records(chunk.logprobs, sampling.logprobs)
+        if sampling.prompt_logprobs is not None:
+            delta.prompt_logprobs = read_records(chunk.prompt_logprobs, sampling.prompt_logprobs)
+        return delta
 
 
 class Batch:
@@ -104,6 +130,10 @@ class Batch:
                 chunks[handle] = TokenChunk([token])
             else:
                 chunk.token_ids.append(token)
+        for logprobs in message.logprobs:
+            chunk = chunks.setdefault(logprobs.handle, TokenChunk([]))
+            chunk.logprobs += logprobs.sampled
+            chunk.prompt_logprobs += logprobs.prompt
         for finished in message.finished:
             chunk = chunks.setdefault(finished.handle, TokenChunk([]))
             chunk.finish_reason = finished.reason

@@ -19,6 +19,7 @@ from manta.cluster.engine.types import (
     QueueFullError,
     TokenChunk,
     UnavailableError,
+    num_prompt_tokens_kept,
     resolve_sampling,
 )
 from manta.cluster.links import LinkLostError
@@ -37,6 +38,7 @@ __all__ = [
     "QueueFullError",
     "TokenChunk",
     "UnavailableError",
+    "num_prompt_tokens_kept",
     "resolve_sampling",
 ]
 

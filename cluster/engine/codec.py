@@ -1,6 +1,7 @@
 """Between the scheduler's dataclasses and the bytes of protos/worker.proto. A plan is encoded once and the same bytes
 go to every rank; columns of integers travel as little-endian bytes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -55,11 +56,14 @@ def decode_reply(message: bytes) -> Reply:
     """Parses a serialized manta.worker.v1.StepResult."""
     reply = worker_pb2.StepResult.FromString(message)
     result = StepResult(epoch=reply.epoch, step=reply.step, tokens=np.frombuffer(reply.tokens, "<i4"))
+    if reply.logprobs:
+        result.logprobs = reply.logprobs
     return Reply(result, reply.device_us, reply.idle_us, reply.queue_us, reply.error)
 
 
-def encode_sampling(params: SamplingParams) -> sampling_pb2.Sampling:
-    """`params.seed` must be set. The ids that end the request are left to the engine, which knows the model's."""
+def encode_sampling(params: SamplingParams, bad_words: Sequence[Sequence[int]] = ()) -> sampling_pb2.Sampling:
+    """`params.seed` must be set; bad_words: the tokens of params.bad_words. The ids that end the request are left to
+    the engine, which knows the model's."""
     if params.seed is None:
         raise ValueError("the seed must be resolved before a request is sent")
     return sampling_pb2.Sampling(
@@ -72,6 +76,12 @@ def encode_sampling(params: SamplingParams) -> sampling_pb2.Sampling:
         repetition_penalty=params.repetition_penalty,
         seed=params.seed % 2**64,
         min_tokens=params.min_tokens,
+        num_logprobs=params.logprobs,
+        num_prompt_logprobs=params.prompt_logprobs,
+        allowed_token_ids=int32_bytes(params.allowed_token_ids) if params.allowed_token_ids else b"",
+        bad_words=[int32_bytes(word) for word in bad_words],
+        bias_token_ids=int32_bytes(list(params.logit_bias)) if params.logit_bias else b"",
+        biases=np.array(list(params.logit_bias.values()), "<f4").tobytes() if params.logit_bias else b"",
     )
 
 

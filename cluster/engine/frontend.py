@@ -29,6 +29,7 @@ class Frontend:
         self._started: list[pb.Started] = []
         self._finished: list[pb.Finished] = []
         self._refused: list[pb.Refused] = []
+        self._logprobs: list[pb.Logprobs] = []
         self._filled = asyncio.Event()
         self._closed = False
 
@@ -38,6 +39,13 @@ class Frontend:
         if self._pending_bytes <= self._max_pending_bytes:  # beyond it the stream ends: nothing is worth keeping
             self._handles.append(handles.tobytes())
             self._tokens.append(tokens.tobytes())
+        self._filled.set()
+
+    def add_logprobs(self, logprobs: pb.Logprobs) -> None:
+        """Records of a request, in the order of its tokens."""
+        self._pending_bytes += len(logprobs.prompt) + len(logprobs.sampled)
+        if self._pending_bytes <= self._max_pending_bytes:
+            self._logprobs.append(logprobs)
         self._filled.set()
 
     def add_started(self, started: pb.Started) -> None:
@@ -65,7 +73,7 @@ class Frontend:
             raise SlowFrontendError(
                 f"the frontend left {self._pending_bytes} bytes of tokens unread; at most {self._max_pending_bytes}"
             )
-        empty = not (self._tokens or self._started or self._finished or self._refused)
+        empty = not (self._tokens or self._started or self._finished or self._refused or self._logprobs)
         if self._closed and empty:
             return None
         message = pb.EngineMessage(
@@ -74,9 +82,10 @@ class Frontend:
             started=self._started,
             finished=self._finished,
             refused=self._refused,
+            logprobs=self._logprobs,
         )
         self._handles, self._tokens = [], []
-        self._started, self._finished, self._refused = [], [], []
+        self._started, self._finished, self._refused, self._logprobs = [], [], [], []
         self._pending_bytes = 0
         if not self._closed:
             self._filled.clear()

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from manta.cluster.engine.logprobs import Logprob
+
 
 @dataclass(slots=True)
 class CompletionOutput:
@@ -12,6 +14,8 @@ class CompletionOutput:
     token_ids: list[int] = field(default_factory=list)  # a stop token is among them
     finish_reason: str | None = None  # "stop" or "length"
     stop_reason: str | int | None = None  # the stop string or stop token id of the request that ended it
+    cumulative_logprob: float | None = None  # the sum over token_ids, where log-probabilities were asked for
+    logprobs: list[dict[int, Logprob]] | None = None  # per token: its own, then those of the most probable tokens
 
 
 @dataclass(slots=True)
@@ -33,6 +37,7 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     metrics: RequestMetrics
     num_cached_tokens: int = 0  # prompt tokens whose KV the prefix cache held, for the first completion
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # per prompt token, None for the first; if asked for
 
     @property
     def finished(self) -> bool:

@@ -73,6 +73,8 @@ class Publisher:
         metrics = self._metrics[replica]
         for started in events.started:
             self._publish_started(started, metrics, now_s)
+        if events.logprobs:
+            self._publish_logprobs(events)
         if len(events.tokens):
             self._publish_tokens(events, metrics, now_s)
         if events.finished:
@@ -122,6 +124,13 @@ class Publisher:
         for number in np.unique(numbers).tolist():
             mine = numbers == number
             self._frontends[number].add_tokens(handles[mine], tokens[mine])
+
+    def _publish_logprobs(self, events: Events) -> None:
+        table = self._table
+        for logprobs in events.logprobs:
+            row = table.row(logprobs.request_id)
+            news = pb.Logprobs(handle=int(table.handle[row]), prompt=logprobs.prompt, sampled=logprobs.sampled)
+            self._frontends[int(table.frontend[row])].add_logprobs(news)
 
     def _publish_finished(self, finished: Finished, metrics: ReplicaMetrics, now_s: float) -> None:
         table = self._table

@@ -21,11 +21,13 @@ from manta.protos import engine_pb2 as pb
 class RequestStream:
     """What one request has received and its reader has not taken yet."""
 
-    __slots__ = ("_waiter", "error", "finished", "handle", "started", "tokens")
+    __slots__ = ("_waiter", "error", "finished", "handle", "logprobs", "prompt_logprobs", "started", "tokens")
 
     def __init__(self, handle: int) -> None:
         self.handle = handle
         self.tokens: list[int] = []
+        self.logprobs: list[bytes] = []
+        self.prompt_logprobs: list[bytes] = []
         self.started: pb.Started | None = None
         self.finished: pb.Finished | None = None
         self.error: EngineError | None = None
@@ -44,6 +46,9 @@ class RequestStream:
             raise self.error
         chunk = TokenChunk(self.tokens)
         self.tokens = []
+        if self.logprobs or self.prompt_logprobs:
+            chunk.logprobs, chunk.prompt_logprobs = b"".join(self.logprobs), b"".join(self.prompt_logprobs)
+            self.logprobs, self.prompt_logprobs = [], []
         if self.started is not None:
             chunk.num_cached_tokens = self.started.num_cached_tokens
             chunk.queue_s = self.started.queue_s
@@ -79,6 +84,10 @@ class StreamTable:
         for started in message.started:
             if stream := streams.get(started.handle):
                 stream.started = started
+        for logprobs in message.logprobs:
+            if stream := streams.get(logprobs.handle):
+                stream.logprobs.append(logprobs.sampled)
+                stream.prompt_logprobs.append(logprobs.prompt)
         handles = np.frombuffer(message.handles, "<u8").tolist()
         tokens = np.frombuffer(message.tokens, "<i4").tolist()
         for handle, token in zip(handles, tokens, strict=True):
@@ -137,7 +146,7 @@ def build_submit(handle: int, request: GenerationRequest) -> pb.Submit:
         max_tokens=sampling.max_tokens,
         ignore_eos=sampling.ignore_eos,
         stop_token_ids=sampling.stop_token_ids,
-        sampling=encode_sampling(sampling),
+        sampling=encode_sampling(sampling, request.bad_words),
         priority=request.priority,
         tenant=request.tenant,
         cache_salt=request.cache_salt.encode(),

@@ -21,6 +21,7 @@ class GenerationRequest:
     tenant: str = ""
     cache_salt: str = ""  # requests share cached blocks only under the same salt
     output_token_ids: NDArray[np.int32] | Sequence[int] = ()  # delivered already: a resubmit
+    bad_words: Sequence[Sequence[int]] = ()  # the tokens of sampling.bad_words
 
 
 @dataclass(slots=True)
@@ -33,6 +34,8 @@ class TokenChunk:
     num_cached_tokens: int = 0  # prompt tokens whose KV the prefix cache held
     queue_s: float = 0.0  # from submission to the first slot
     error: str = ""  # one sentence, with finish_reason "error"
+    logprobs: bytes = b""  # a record per token, where asked for: see `logprobs.read_records`
+    prompt_logprobs: bytes = b""  # of the prompt's tokens, from the second on: all of them in the first chunk
 
 
 class EngineError(Exception):
@@ -79,3 +82,9 @@ def resolve_sampling(
         max_tokens = max(max_model_len - num_prompt_tokens, 1)
     update = {"n": 1, "max_tokens": max_tokens}
     return [sampling.model_copy(update=update | {"seed": (first + i) % 2**64}) for i in range(sampling.n)]
+
+
+def num_prompt_tokens_kept(sampling: SamplingParams, max_model_len: int) -> int | None:
+    """How many tokens of a prompt truncate_prompt_tokens leaves, the last ones; None for all."""
+    keep = sampling.truncate_prompt_tokens
+    return max(max_model_len - (sampling.max_tokens or 1), 1) if keep == -1 else keep

@@ -73,10 +73,13 @@ class FakeClient:
 
     def _chunks(self, request: GenerationRequest) -> list[TokenChunk]:
         tokens, stop_token = self._until_end(request)
+        sampling, prompt = request.sampling, [int(token) for token in request.prompt_token_ids]
         chunks = [
-            TokenChunk(tokens[start : start + self.tokens_per_chunk])
+            TokenChunk(part, logprobs=fake_records(part, sampling.logprobs))
             for start in range(0, len(tokens), self.tokens_per_chunk)
+            if (part := tokens[start : start + self.tokens_per_chunk])
         ]
+        chunks[0].prompt_logprobs = fake_records(prompt[1:], sampling.prompt_logprobs)
         chunks[-1].finish_reason = "length" if stop_token is None else "stop"
         chunks[-1].stop_token = stop_token
         return chunks
@@ -134,3 +137,15 @@ def hashed_tokens(request: GenerationRequest, vocab_size: int) -> list[int]:
     key = zlib.crc32(np.asarray(request.prompt_token_ids, np.int32).tobytes(), seed)
     draws = np.random.default_rng(key).integers(4, vocab_size, size=request.sampling.max_tokens or 1)
     return [int(token) for token in draws]
+
+
+def fake_records(tokens: Sequence[int], num_best: int | None) -> bytes:
+    """Of each token: log-probability -token / 8, rank token % 5 + 1; the best are 5, 6, 7, ... with -0.25, -0.5, ..."""
+    if num_best is None:
+        return b""
+    words = []
+    for token in tokens:
+        words += [np.array([-token / 8], "<f4").tobytes(), np.array([token % 5 + 1], "<i4").tobytes()]
+        words.append(np.arange(5, 5 + num_best, dtype="<i4").tobytes())
+        words.append((np.arange(1, 1 + num_best) * -0.25).astype("<f4").tobytes())
+    return b"".join(words)

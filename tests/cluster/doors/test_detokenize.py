@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
@@ -74,6 +74,7 @@ def test_skipped_special_tokens_do_not_pile_up() -> None:
 
 
 @pytest.mark.skipif(not (DEMO_MODEL / "tokenizer.json").is_file(), reason="the demo model is not trained")
+@settings(deadline=None)
 @given(st.data())
 def test_demo_model_tokenizer(data: st.DataObject) -> None:
     tokenizer = Tokenizer(AutoTokenizer.from_pretrained(DEMO_MODEL))

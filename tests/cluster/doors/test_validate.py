@@ -174,9 +174,34 @@ def test_unsupported_fields_are_refused_unless_they_ask_for_nothing(name: str) -
     assert caught.value.param == name
 
 
-def test_zero_logprobs_ask_for_something() -> None:
-    with pytest.raises(RequestError, match="logprobs is not supported"):
-        check_fields({"logprobs": 0}, COMPLETION)
+def test_zero_is_not_false() -> None:
+    with pytest.raises(RequestError, match="use_beam_search is not supported"):
+        check_fields({"use_beam_search": 0}, COMPLETION)
+
+
+def test_fields_that_constrain_tokens_reach_the_engine() -> None:
+    (request,) = resolve(
+        "Hello",
+        logit_bias={"7": -100, "9": 2.5},
+        allowed_token_ids=[5, 9, 5],
+        bad_words=["fox", "Hello"],
+        logprobs=3,
+        prompt_logprobs=0,
+    ).requests
+    sampling = request.sampling
+    assert sampling.logit_bias == {7: -100.0, 9: 2.5}
+    assert sampling.allowed_token_ids == (5, 9)
+    assert (sampling.logprobs, sampling.prompt_logprobs) == (3, 0)
+    words = {TOKENIZER.decode(word) for word in request.bad_words}
+    assert words == {"fox", " fox", "Hello", " Hello"}
+
+
+def test_no_tokens_are_for_those_who_echo() -> None:
+    assert refused("Hello", max_tokens=0).param == "max_tokens"
+    resolved = resolve("Hello", max_tokens=0, echoes=True)
+    assert resolved.is_prompt_only
+    assert resolved.requests[0].sampling.max_tokens == 1
+    assert not resolve("Hello", max_tokens=1, echoes=True).is_prompt_only
 
 
 def test_encoding_is_that_of_transformers() -> None:

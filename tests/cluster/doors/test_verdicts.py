@@ -36,6 +36,12 @@ SAMPLING = {
     "ignore_eos": st.booleans(),
     "include_stop_str_in_output": st.booleans(),
     "skip_special_tokens": st.booleans(),
+    "logprobs": INT32,
+    "prompt_logprobs": INT32,
+    "logit_bias": st.dictionaries(st.integers(-1, 512), FLOAT, min_size=1, max_size=3),
+    "allowed_token_ids": st.lists(st.integers(-1, 512), min_size=1, max_size=4),
+    "bad_words": st.lists(st.sampled_from(["a", " b", "", " ", "c" * 257]), min_size=1, max_size=3),
+    "truncate_prompt_tokens": INT32,
 }
 PROMPT = st.text(max_size=300) | st.lists(st.integers(-1, 513), max_size=4) | st.just([9] * 255) | st.just([9] * 256)
 REQUEST = st.fixed_dictionaries(
