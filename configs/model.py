@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from manta.configs.quantization import QuantizationError, QuantizationSpec, parse_quantization
+
 DType = Literal["bfloat16", "float16", "float32"]
 
 ARCHITECTURES = {
@@ -63,6 +65,7 @@ class ModelSpec(BaseModel):
     tie_word_embeddings: bool
     dtype: DType
     eos_token_ids: tuple[int, ...]
+    quantization: QuantizationSpec | None = None  # of the checkpoint's weights
 
     @property
     def num_weights(self) -> int:
@@ -90,8 +93,6 @@ def parse_model_spec(config: dict[str, Any], generation: dict[str, Any]) -> Mode
     architecture = names[0]
     if architecture not in ARCHITECTURES:
         raise ModelError(f"architecture {architecture!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
-    if config.get("quantization_config"):
-        raise ModelError("quantized checkpoints are not supported; use one with bf16, fp16 or fp32 weights")
     family = ARCHITECTURES[architecture]
     try:
         num_heads = int(config["num_attention_heads"])
@@ -120,6 +121,7 @@ def parse_model_spec(config: dict[str, Any], generation: dict[str, Any]) -> Mode
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
             dtype=_dtype(config),
             eos_token_ids=_token_ids(generation.get("eos_token_id", config.get("eos_token_id"))),
+            quantization=_quantization(config),
         )
     except KeyError as error:
         raise ModelError(f"config.json lacks {error.args[0]!r}") from None
@@ -149,6 +151,14 @@ def _token_ids(value: Any) -> tuple[int, ...]:
     if value is None:
         return ()
     return tuple(value) if isinstance(value, list) else (int(value),)
+
+
+def _quantization(config: dict[str, Any]) -> QuantizationSpec | None:
+    found = config.get("quantization_config") or config.get("compression_config")
+    try:
+        return parse_quantization(found) if found else None
+    except QuantizationError as error:
+        raise ModelError(str(error)) from None
 
 
 def _rope(config: dict[str, Any], max_position: int) -> RopeSpec:

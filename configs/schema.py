@@ -6,6 +6,8 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, model_validator
 
 DTypeChoice = Literal["auto", "bfloat16", "float16", "float32"]
+KVCacheDType = Literal["auto", "fp8", "fp8_e4m3"]
+AttentionBackend = Literal["auto", "triton", "flashinfer", "sdpa"]
 
 
 def option(default: Any, group: str, help: str, short: str | None = None, **constraints: Any) -> Any:
@@ -32,6 +34,19 @@ class ServeConfig(BaseModel):
     )
     seed: int = option(0, "Model", "seed of random weights and of unseeded requests' seeds", ge=0, le=2**32 - 1)
     chat_template: str | None = option(None, "Model", "jinja file or text used instead of the tokenizer's own")
+    quantization: Literal["fp8"] | None = option(
+        None,
+        "Model",
+        "fp8 quantises 16-bit weights as they are loaded, on GPUs of compute capability 8.9 and later; of checkpoints "
+        "that are quantised already leave it out",
+        short="q",
+    )
+    attention_backend: AttentionBackend = option(
+        "auto", "Model", "attention on a GPU; auto takes triton where it is installed, else sdpa"
+    )
+    batch_invariant: bool = option(
+        False, "Model", "on a GPU: a request's tokens have the same bits whatever else is in its steps; slower"
+    )
     enforce_eager: bool = option(False, "Model", "launch decode steps operation by operation, without CUDA graphs")
 
     tensor_parallel_size: int = option(1, "Parallelism", "ranks that split every layer", short="tp", ge=1, le=64)
@@ -58,6 +73,9 @@ class ServeConfig(BaseModel):
     block_size: int = option(16, "KV cache", "tokens per KV block, a power of two", ge=8, le=256)
     num_gpu_blocks_override: int | None = option(
         None, "KV cache", "KV blocks, instead of what the profiling run finds", ge=2
+    )
+    kv_cache_dtype: KVCacheDType = option(
+        "auto", "KV cache", "fp8 (e4m3) halves the bytes of 16-bit KV blocks; auto: as the activations"
     )
     enable_prefix_caching: bool = option(True, "KV cache", "reuse KV blocks of equal prompt prefixes")
 
@@ -89,9 +107,29 @@ class ServeConfig(BaseModel):
             )
         if self.block_size & (self.block_size - 1):
             raise ValueError(f"block_size={self.block_size} must be a power of two")
+        self._check_kernels()
         if self.port and self.port == self.grpc_port:
             raise ValueError(f"port and grpc_port are both {self.port}; they must differ")
         return self
+
+    def _check_kernels(self) -> None:
+        """Flags of GPU kernels that cannot go together, or not with a CPU."""
+        backend = self.attention_backend
+        if self.batch_invariant and backend not in ("auto", "triton"):
+            raise ValueError(
+                f"batch_invariant does not go with attention_backend={backend}, whose results depend on the batch; "
+                f"use triton"
+            )
+        if self.kv_cache_dtype != "auto" and backend == "flashinfer":
+            raise ValueError(
+                f"kv_cache_dtype={self.kv_cache_dtype} does not go with attention_backend=flashinfer; use triton"
+            )
+        if self.device == "cpu":
+            asked = {"attention_backend": backend != "auto", "batch_invariant": self.batch_invariant}
+            asked["quantization"] = self.quantization is not None
+            for name, is_asked in asked.items():
+                if is_asked:
+                    raise ValueError(f"{name} chooses kernels of GPUs; with device=cpu leave it out")
 
     @property
     def model_name(self) -> str:

@@ -1,6 +1,5 @@
 """Finds a model folder and fills a rank's model from it."""
 
-import zlib
 from pathlib import Path
 
 import torch
@@ -10,8 +9,14 @@ from torch import Tensor
 
 from manta.configs.model import ModelError, ModelSpec
 from manta.workers.checkpoint import Checkpoint
+from manta.workers.dummy_weights import random_weight
+from manta.workers.formats import Format
+from manta.workers.fp8_checkpoint import ScaledCheckpoint
+from manta.workers.fp8_weights import read_weight, set_kv_scales
 from manta.workers.mesh import Mesh
 from manta.workers.models.decoder import CausalLM
+from manta.workers.read_order import in_disk_order
+from manta.workers.staging import Stager
 from manta.workers.weights import WeightError, WeightSlice, weight_names, weight_slice
 
 _DOWNLOADED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
@@ -34,25 +39,40 @@ def resolve_model_folder(model: str) -> Path:
 
 
 def load_model(
-    folder: Path, spec: ModelSpec, mesh: Mesh, dtype: torch.dtype, *, load_format: str = "auto", seed: int = 0
+    folder: Path,
+    spec: ModelSpec,
+    mesh: Mesh,
+    dtype: torch.dtype,
+    *,
+    load_format: str = "auto",
+    seed: int = 0,
+    format: Format | None = None,
 ) -> CausalLM:
     """The rank's part of the model, weights in place and prepacked.
 
     load_format "dummy" gives random weights that depend on `seed` alone, not on the mesh; any other reads safetensors.
+    Without a `format` nothing is fp8 here, and weights that are fp8 in the checkpoint are widened.
     Raises WeightError naming tensor and file.
     """
-    model = CausalLM(spec, mesh, dtype)
+    model = CausalLM(spec, mesh, dtype, format)
     slices = {name: part for name in weight_names(spec) if (part := weight_slice(spec, mesh, name)) is not None}
     parameters = _parameters(model)
+    stager = Stager(mesh.device)
     if load_format == "dummy":
         for name, part in slices.items():
-            _place(parameters, part, _random(name, part.shape, dtype, seed)[part.source])
+            whole = random_weight(name, part.shape, dtype, seed, mesh.device)
+            _place(stager, parameters, part, whole[part.source])
     else:
-        with Checkpoint(folder) as checkpoint:
+        with Checkpoint(folder) as files:
+            checkpoint = ScaledCheckpoint(files, spec.quantization)
             _check_names(checkpoint, spec)
             for name, part in slices.items():
                 _check_shape(checkpoint, name, part.shape)
-                _place(parameters, part, checkpoint.read(name, part.source))
+            for name in in_disk_order(files, slices):
+                part = slices[name]
+                _place(stager, parameters, part, read_weight(checkpoint, parameters, name, part, dtype))
+            set_kv_scales(model, checkpoint.kv_scales())
+    stager.finish()
     model.prepare()
     return model
 
@@ -65,12 +85,11 @@ def _parameters(model: CausalLM) -> dict[str, Tensor]:
     return parameters
 
 
-def _place(parameters: dict[str, Tensor], part: WeightSlice, tensor: Tensor) -> None:
-    target = parameters[part.target]
-    target[part.target_start : part.target_start + tensor.shape[0]].copy_(tensor)
+def _place(stager: Stager, parameters: dict[str, Tensor], part: WeightSlice, tensor: Tensor) -> None:
+    stager.place(parameters[part.target][part.target_start : part.target_start + tensor.shape[0]], tensor)
 
 
-def _check_names(checkpoint: Checkpoint, spec: ModelSpec) -> None:
+def _check_names(checkpoint: ScaledCheckpoint, spec: ModelSpec) -> None:
     expected = set(weight_names(spec))
     found = checkpoint.file_of
     missing = sorted(expected - found.keys())
@@ -90,18 +109,10 @@ def _is_ignored(name: str, spec: ModelSpec) -> bool:
     return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and spec.tie_word_embeddings)
 
 
-def _check_shape(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> None:
+def _check_shape(checkpoint: ScaledCheckpoint, name: str, shape: tuple[int, ...]) -> None:
     found = checkpoint.shape(name)
     if found != shape:
         raise WeightError(
             f"tensor {name!r} of {checkpoint.folder / checkpoint.file_of[name]} has shape {list(found)}; "
             f"config.json makes it {list(shape)}"
         )
-
-
-def _random(name: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
-    """Norms are ones, biases zeros, matrices normal with variance 1 / inputs."""
-    if len(shape) == 1:
-        return torch.full(shape, 1.0 if name.endswith("norm.weight") else 0.0, dtype=dtype)
-    generator = torch.Generator().manual_seed(seed ^ zlib.crc32(name.encode()))
-    return torch.randn(shape, dtype=dtype, generator=generator).mul_(shape[1] ** -0.5)

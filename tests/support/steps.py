@@ -7,6 +7,7 @@ from torch import Tensor
 
 from manta.configs.model import ModelSpec, read_model_spec
 from manta.kernels.metadata import AttentionMetadata, KVCache
+from manta.workers.formats import Format
 from manta.workers.loader import load_model
 from manta.workers.mesh import Mesh
 from manta.workers.models.decoder import CausalLM, allocate_kv_cache
@@ -30,12 +31,14 @@ def sequence_tokens(vocab_size: int) -> Tensor:
     return torch.randint(0, vocab_size, (4, 64), generator=torch.Generator().manual_seed(11))
 
 
-def run_steps(folder: Path, mesh: Mesh, dtype: torch.dtype, load_format: str = "auto") -> list[Tensor] | None:
+def run_steps(
+    folder: Path, mesh: Mesh, dtype: torch.dtype, load_format: str = "auto", format: Format | None = None
+) -> list[Tensor] | None:
     """Loads this rank's part of the model and runs STEPS. Per step the logits [T, vocab] of all tokens, on the last
     stage; None on others. Also passes each step's tokens back to the first stage and checks them there."""
     spec = read_model_spec(folder)
-    model = load_model(folder, spec, mesh, dtype, load_format=load_format)
-    kv_cache = allocate_kv_cache(model, NUM_BLOCKS, BLOCK_SIZE, dtype, mesh.device)
+    model = load_model(folder, spec, mesh, dtype, load_format=load_format, format=format)
+    kv_cache = allocate_kv_cache(model, NUM_BLOCKS, BLOCK_SIZE, model.format.kv_dtype, mesh.device)
     sequences = PagedSequences(BLOCK_SIZE, NUM_BLOCKS)
     computed = [0] * 4
     logits = []

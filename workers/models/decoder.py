@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from manta.configs.model import ModelSpec
 from manta.kernels import ops
 from manta.kernels.cpu_decoder.shape import LayerWeights, StageShape
+from manta.kernels.fp8 import Fp8Rows
 from manta.kernels.metadata import AttentionMetadata, KVCache
+from manta.workers.formats import Format, plain
 from manta.workers.layers import Layer, LMHead, MergedColumnLinear, QKVLinear, RMSNorm, RowLinear, VocabEmbedding
 from manta.workers.mesh import Mesh
 from manta.workers.rope import rope_table
@@ -34,58 +36,71 @@ class StepContext:
 class Attention(Layer):
     """Grouped-query attention over the paged cache."""
 
-    def __init__(self, spec: ModelSpec, mesh: Mesh, dtype: torch.dtype, window: int | None) -> None:
+    def __init__(self, spec: ModelSpec, mesh: Mesh, format: Format, name: str, window: int | None) -> None:
         super().__init__()
-        self.qkv = QKVLinear(spec, mesh, dtype)
-        self.o = RowLinear(spec, mesh, "heads", spec.o_bias, dtype)
-        norm = (spec.head_dim, spec.rms_norm_eps, dtype, mesh.device)
+        parts = [f"{name}.{which}_proj" for which in "qkv"]
+        self.qkv = QKVLinear(spec, mesh, format.linear(spec, *parts))
+        self.o = RowLinear(spec, mesh, "heads", spec.o_bias, format.linear(spec, f"{name}.o_proj"))
+        norm = (spec.head_dim, spec.rms_norm_eps, format.dtype, mesh.device)
         self.q_norm = RMSNorm(*norm) if spec.qk_norm else None
         self.k_norm = RMSNorm(*norm) if spec.qk_norm else None
         self.eps = spec.rms_norm_eps
         self.q_size = local_size(spec, mesh, "heads")
         self.scale = spec.head_dim**-0.5
         self.window = window
+        # Of fp8 pages: float32 [1], what keys and values are divided by when they are written.
+        self.kv_scales: tuple[Tensor, ...] = ()
+        if format.has_fp8_pages:
+            self.kv_scales = tuple(torch.ones(1, device=mesh.device) for _ in "kv")
 
-    def forward(self, x: Tensor, step: StepContext, keys: Tensor, values: Tensor) -> Tensor:
+    def forward(self, x: Tensor | Fp8Rows, step: StepContext, keys: Tensor, values: Tensor) -> Tensor:
         """[T, hidden] -> [T, hidden]."""
         qkv = self.qkv(x)
         q_norm = self.q_norm.weight if self.q_norm is not None else None
         k_norm = self.k_norm.weight if self.k_norm is not None else None
-        ops.rope_kv_write(qkv, step.cos_sin, step.metadata.slot_mapping, keys, values, q_norm, k_norm, self.eps)
+        slots, scales = step.metadata.slot_mapping, self.kv_scales
+        ops.rope_kv_write(qkv, step.cos_sin, slots, keys, values, q_norm, k_norm, self.eps, *scales)
         q = qkv[:, : self.q_size]
-        out: Tensor = self.o(ops.paged_attention(q, keys, values, step.metadata, self.scale, self.window))
+        out: Tensor = self.o(ops.paged_attention(q, keys, values, step.metadata, self.scale, self.window, *scales))
         return out
 
 
 class MLP(Layer):
     """SwiGLU."""
 
-    def __init__(self, spec: ModelSpec, mesh: Mesh, dtype: torch.dtype) -> None:
+    def __init__(self, spec: ModelSpec, mesh: Mesh, format: Format, name: str) -> None:
         super().__init__()
-        self.gate_up = MergedColumnLinear(spec, mesh, dtype)
-        self.down = RowLinear(spec, mesh, "intermediate", spec.mlp_bias, dtype)
+        parts = [f"{name}.{which}_proj" for which in ("gate", "up")]
+        self.gate_up = MergedColumnLinear(spec, mesh, format.linear(spec, *parts))
+        down = format.linear(spec, f"{name}.down_proj")
+        self.down = RowLinear(spec, mesh, "intermediate", spec.mlp_bias, down)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | Fp8Rows) -> Tensor:
         """[T, hidden] -> [T, hidden]."""
-        out: Tensor = self.down(ops.silu_mul(self.gate_up(x)))
+        gate_up, takes = self.gate_up(x), self.down.takes
+        gated = ops.silu_mul(gate_up) if takes is None else ops.silu_mul_fp8(gate_up, takes.scale)
+        out: Tensor = self.down(gated)
         return out
 
 
 class DecoderLayer(Layer):
     """Attention and MLP, each normed before and added to the residual after (the addition waits for the next norm)."""
 
-    def __init__(self, spec: ModelSpec, mesh: Mesh, dtype: torch.dtype, window: int | None) -> None:
+    def __init__(self, spec: ModelSpec, mesh: Mesh, format: Format, layer: int) -> None:
         super().__init__()
-        self.input_norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps, dtype, mesh.device)
-        self.attention = Attention(spec, mesh, dtype, window)
-        self.mlp_norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps, dtype, mesh.device)
-        self.mlp = MLP(spec, mesh, dtype)
+        norm = (spec.hidden_size, spec.rms_norm_eps, format.dtype, mesh.device)
+        name = f"model.layers.{layer}"
+        self.input_norm = RMSNorm(*norm)
+        self.attention = Attention(spec, mesh, format, f"{name}.self_attn", spec.windows[layer])
+        self.mlp_norm = RMSNorm(*norm)
+        self.mlp = MLP(spec, mesh, format, f"{name}.mlp")
 
     def forward(self, x: Tensor | None, residual: Tensor, step: StepContext, pages: tuple[Tensor, Tensor]) -> Tensor:
         """x [T, hidden] is what is still to be added to the residual (None: nothing); returns the next such."""
-        x = self.input_norm(residual) if x is None else self.input_norm.add(x, residual)
-        x = self.attention(x, step, *pages)
-        x = self.mlp(self.mlp_norm.add(x, residual))
+        takes = self.attention.qkv.takes
+        normed = self.input_norm(residual, takes) if x is None else self.input_norm.add(x, residual, takes)
+        x = self.attention(normed, step, *pages)
+        x = self.mlp(self.mlp_norm.add(x, residual, self.mlp.gate_up.takes))
         return x
 
     def take_weights(self) -> LayerWeights:
@@ -105,19 +120,22 @@ class DecoderLayer(Layer):
 
 
 class CausalLM(nn.Module):
-    """One rank's share of the model: its stage's layers, its tp rank's part of each."""
+    """One rank's share of the model: its stage's layers, its tp rank's part of each. Nothing is fp8 unless the `format`
+    says so."""
 
-    def __init__(self, spec: ModelSpec, mesh: Mesh, dtype: torch.dtype) -> None:
+    def __init__(self, spec: ModelSpec, mesh: Mesh, dtype: torch.dtype, format: Format | None = None) -> None:
         super().__init__()
+        format = format or plain(dtype)
         self.spec = spec
         self.mesh = mesh
         self.dtype = dtype
+        self.format = format
         self.num_local_kv_heads = num_local_kv_heads(spec, mesh.tp_size)
         layers = stage_layers(spec.num_layers, mesh.pp_rank, mesh.pp_size)
         self.num_local_layers = len(layers)
         if mesh.is_first_stage:
             self.embed = VocabEmbedding(spec, mesh, dtype)
-        self.layers = nn.ModuleList(DecoderLayer(spec, mesh, dtype, spec.windows[layer]) for layer in layers)
+        self.layers = nn.ModuleList(DecoderLayer(spec, mesh, format, layer) for layer in layers)
         if mesh.is_last_stage:
             self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps, dtype, mesh.device)
             self.lm_head = LMHead(spec, mesh, dtype)
@@ -128,7 +146,7 @@ class CausalLM(nn.Module):
 
     def prepare(self) -> None:
         """Call once, when all weights are loaded; the model can run afterwards."""
-        if ops.uses_cpu_decoder(self.dtype, self.mesh.device):
+        if ops.uses_cpu_decoder(self.format.kv_dtype, self.mesh.device):
             self.cpu_stage = _cpu_stage(self)
             return
         for module in self.modules():
@@ -156,7 +174,7 @@ class CausalLM(nn.Module):
         if self.mesh.is_last_stage:
             if sampled is not None:
                 x_next, residual = x_next[sampled], residual[sampled]
-            return self.norm.add(x_next, residual)
+            return cast(Tensor, self.norm.add(x_next, residual))
         return residual.add_(x_next)
 
     @torch.inference_mode()
