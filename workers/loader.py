@@ -68,7 +68,7 @@ def load_model(
             _check_names(checkpoint, spec)
             for name, part in slices.items():
                 _check_shape(checkpoint, name, part.shape)
-            for name in in_disk_order(files, slices):
+            for name in in_disk_order(files, slices, ahead=mesh.device.type == "cuda"):
                 part = slices[name]
                 _place(stager, parameters, part, read_weight(checkpoint, parameters, name, part, dtype))
             set_kv_scales(model, checkpoint.kv_scales())

@@ -35,8 +35,9 @@ class ReadAhead:
         self._lock = threading.Condition()
         self._begun_bytes = self._done_bytes = 0
         self._ended = False
+        num_threads = NUM_THREADS if extents else 0
         self._threads = [
-            threading.Thread(target=self._work, name="read-ahead", daemon=True) for _ in range(NUM_THREADS)
+            threading.Thread(target=self._work, name="read-ahead", daemon=True) for _ in range(num_threads)
         ]
 
     def __enter__(self) -> Self:

@@ -40,19 +40,20 @@ class Progress:
         return _gib(self._done_bytes), _gib(self._total_bytes), _gib(rate)
 
 
-def in_disk_order(checkpoint: Checkpoint, names: Collection[str]) -> Iterator[str]:
+def in_disk_order(checkpoint: Checkpoint, names: Collection[str], *, ahead: bool) -> Iterator[str]:
     """The names, each when it should be read; when the next is asked for, the last one has been.
 
-    Tensors count with all their bytes, also those of which a rank reads a part.
+    Tensors count with all their bytes, also those of which a rank reads a part. `ahead`: whether threads fetch what
+    comes next, which is quicker only where there are cores for them.
     """
     extents = {name: checkpoint.extent(name) for name in names}
     ordered = sorted(names, key=extents.__getitem__)
     progress = Progress(sum(extent.end - extent.begin for extent in extents.values()))
-    with ReadAhead([extents[name] for name in ordered]) as ahead:
+    with ReadAhead([extents[name] for name in ordered] if ahead else []) as fetching:
         for name in ordered:
             yield name
             num_bytes = extents[name].end - extents[name].begin
-            ahead.advance(num_bytes)
+            fetching.advance(num_bytes)
             progress.add(num_bytes)
     progress.finish()
 

@@ -26,11 +26,12 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_files_in_order_and_in_them_offsets(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("ahead", [True, False])
+def test_files_in_order_and_in_them_offsets(folder: Path, ahead: bool, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     with Checkpoint(folder) as checkpoint:
-        assert list(in_disk_order(checkpoint, ["0", "c", "b", "a"])) == ["a", "b", "c", "0"]
-        assert list(in_disk_order(checkpoint, ["c", "a"])) == ["a", "c"]
+        assert list(in_disk_order(checkpoint, ["0", "c", "b", "a"], ahead=ahead)) == ["a", "b", "c", "0"]
+        assert list(in_disk_order(checkpoint, ["c", "a"], ahead=ahead)) == ["a", "c"]
     assert "read 0.00 GiB of weights in" in caplog.text
 
 
