@@ -12,13 +12,14 @@ from manta.kernels.cpu_decoder.attention import (
     ITEM_PART,
     ITEM_ROW,
     ITEMS_PER_THREAD,
-    QUERY_ROWS,
 )
+from manta.kernels.cpu_decoder.attention_tile import QUERY_ROWS
 from manta.kernels.metadata import AttentionMetadata
 
 Table = NDArray[np.int64]
 Work = tuple[Table, Table, int]  # items [n, ITEM_FIELDS], joins [m, 3] (token, first part, number of parts), parts
 
+MIN_QUERY_ROWS = 48  # smaller items read keys and values more often than their balance is worth
 MIN_PART_TOKENS = 256  # a shorter part costs more to join than it saves
 
 NO_JOINS: Table = np.zeros((0, 3), np.int64)
@@ -28,7 +29,7 @@ def attention_items(metadata: AttentionMetadata, group: int, num_threads: int) -
     """A step's attention for so many threads."""
     seq_lens = metadata.seq_lens.numpy().astype(np.int64)
     if metadata.max_query_len > 1:
-        return _query_tiles(metadata, seq_lens, max(1, QUERY_ROWS // group)), NO_JOINS, 0
+        return _query_tiles(metadata, seq_lens, group, num_threads), NO_JOINS, 0
     num_parts = -(-num_threads * ITEMS_PER_THREAD // seq_lens.size)
     if num_parts > 1 and num_threads > 1 and metadata.max_seq_len >= 2 * MIN_PART_TOKENS:
         return _parts(seq_lens, num_parts, metadata.block_size)
@@ -46,9 +47,18 @@ def single_queries(metadata: AttentionMetadata) -> Table:
     return items
 
 
-def _query_tiles(metadata: AttentionMetadata, seq_lens: Table, tile: int) -> Table:
-    """Every row cut into tiles of queries; those with most work first."""
+def _queries_per_item(lengths: Table, group: int, num_threads: int) -> int:
+    """As many as fit, or fewer where long rows would make too few items for all threads."""
+    rows, lengths = QUERY_ROWS, lengths[lengths > 1]
+    while rows > MIN_QUERY_ROWS and -(-lengths * group // rows).sum() < ITEMS_PER_THREAD * num_threads:
+        rows //= 2
+    return max(1, rows // group)
+
+
+def _query_tiles(metadata: AttentionMetadata, seq_lens: Table, group: int, num_threads: int) -> Table:
+    """Every row cut into items of queries; those with most work first."""
     lengths = np.diff(metadata.query_start.numpy()).astype(np.int64)
+    tile = _queries_per_item(lengths, group, num_threads)
     tiles = -(-lengths // tile)
     rows = np.repeat(np.arange(lengths.size), tiles)
     first = (np.arange(rows.size) - np.repeat(np.cumsum(tiles) - tiles, tiles)) * tile

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from manta.kernels.cpu_decoder import attention, dot, layout, products, program
+from manta.kernels.cpu_decoder import attention_tile, dot, layout, products, program
 from manta.kernels.cpu_decoder.items import NO_JOINS, Work, attention_items, single_queries
 from manta.kernels.cpu_decoder.memory import in_huge_pages, zeros
 from manta.kernels.cpu_decoder.products import interleave, pack_weight
@@ -252,11 +252,11 @@ class CpuStage:
     def _set_block_size(self, block_size: int) -> None:
         step = self._step
         page_tokens, page_dims = layout.page_shape(block_size, self._shape.head_dim)
-        needed = max(products.SCRATCH_BYTES, attention.scratch_bytes(self._group, page_tokens, page_dims))
+        needed = max(products.SCRATCH_BYTES, attention_tile.scratch_bytes(self._group, page_tokens, page_dims))
         each = -(-needed // 4096) * 4096
         self._scratch = torch.zeros(self._team.num_threads * each + 4096, dtype=torch.uint8)
         step[program.BLOCK_SIZE] = block_size
         step[program.PAGE_TOKENS], step[program.PAGE_DIMS] = page_tokens, page_dims
-        step[program.PAGES_PER_CHUNK] = attention.chunk_pages(page_tokens)
+        step[program.PAGES_PER_CHUNK] = attention_tile.chunk_pages(page_tokens, page_dims)
         step[program.SCRATCH] = -(-self._scratch.data_ptr() // 4096) * 4096
         step[program.SCRATCH_BYTES] = each

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from manta.kernels.cpu_decoder import attention, layout, products, program
+from manta.kernels.cpu_decoder import attention_tile, layout, products, program
 from manta.kernels.cpu_decoder.items import attention_items
 from manta.kernels.cpu_decoder.stage import UNLIMITED
 from manta.kernels.cpu_decoder.team import Team, team_of
@@ -146,7 +146,7 @@ class PagedHeads:
         items, joins, num_parts = attention_items(metadata, group, num_threads)
         parts = torch.full((max(1, num_parts) * self.num_heads, self.dim + 2), NAN)
         out = torch.full((qkv.shape[0], self.num_heads * self.dim), NAN, dtype=variant.left)
-        scratch = Scratch(attention.scratch_bytes(group, self.page_tokens, self.page_dims))
+        scratch = Scratch(attention_tile.scratch_bytes(group, self.page_tokens, self.page_dims))
         for item in items:
             for head in range(self.num_kv_heads):
                 run_kernel(
@@ -154,7 +154,7 @@ class PagedHeads:
                     self.keys.data_ptr(), self.values.data_ptr(), out.data_ptr(), out.stride(0),
                     metadata.query_start.data_ptr(), metadata.seq_lens.data_ptr(), metadata.block_tables.data_ptr(),
                     metadata.block_tables.stride(0), self.num_kv_heads, group, self.dim, self.block_size,
-                    self.page_tokens, self.page_dims, attention.chunk_pages(self.page_tokens),
+                    self.page_tokens, self.page_dims, attention_tile.chunk_pages(self.page_tokens, self.page_dims),
                     UNLIMITED if window is None else window, parts.data_ptr(), scratch.address, scale, variant.left,
                     variant.dtype,
                 )  # fmt: skip

@@ -87,7 +87,24 @@ def test_long_sequences_in_parts(
         assert close(out, whole), num_threads
 
 
-@pytest.mark.parametrize("group", [11, 47, 49, 64])
+@pytest.mark.parametrize("window", [None, 40, 700])
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "dim", "block_size"),
+    [(3, 1, 64, 16), (2, 2, 128, 8), (5, 1, 20, 32), (1, 1, 256, 64)],
+)
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_long_prompts(
+    variant: Variant, num_heads: int, num_kv_heads: int, dim: int, block_size: int, window: int | None
+) -> None:
+    """Several chunks of a sequence for items of many tiles, whose queries begin in the middle of it."""
+    heads = PagedHeads(variant, num_heads, num_kv_heads, dim, block_size, 2100 // block_size + 9, NAN)
+    qkv, metadata = fill(heads, [[(0, 301), (1, 5)], [(0, 580), (1, 711), (2, 1)]])
+    expected = expected_attention(heads, qkv, metadata, dim**-0.5, window)
+    for num_threads in (1, 40):
+        assert close(heads.attend(qkv, metadata, dim**-0.5, window, num_threads), expected), num_threads
+
+
+@pytest.mark.parametrize("group", [11, 47, 49, 64, 385])
 def test_large_groups(group: int) -> None:
     """Queries that fill an item alone, or do not fit into one that others fill."""
     heads = PagedHeads(VARIANTS[0], group, 1, 16, 8, 40, NAN)

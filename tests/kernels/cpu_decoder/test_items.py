@@ -14,8 +14,8 @@ from manta.kernels.cpu_decoder.attention import (
     ITEM_NUM_QUERIES,
     ITEM_PART,
     ITEM_ROW,
-    QUERY_ROWS,
 )
+from manta.kernels.cpu_decoder.attention_tile import QUERY_ROWS
 from manta.kernels.cpu_decoder.items import attention_items
 from manta.kernels.metadata import AttentionMetadata
 
