@@ -12,6 +12,10 @@ from manta.kernels.metadata import AttentionMetadata
 GPU_FORMS = ("triton", "flashinfer", "sdpa")
 
 
+class PlansOnHost:
+    """Attention that reads lengths back from the device: a CUDA graph cannot hold it."""
+
+
 class PagedAttention(Protocol):
     """The contract of reference.paged_attention; k_scale and v_scale are those of quantised pages, float32 [1]."""
 

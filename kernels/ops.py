@@ -127,6 +127,11 @@ def use_attention(form: str | None = None, batch_invariant: bool = False) -> Non
     _gpu_attention, _batch_invariant = attention.on_gpu(form, batch_invariant), batch_invariant
 
 
+def can_be_recorded() -> bool:
+    """Whether CUDA graphs can hold a step: not with an attention that plans on the host from what the device knows."""
+    return not isinstance(_gpu_attention, attention.PlansOnHost)
+
+
 def is_batch_invariant() -> bool:
     """Whether a token's result must not depend, on a GPU, on what else is in its step."""
     return _batch_invariant

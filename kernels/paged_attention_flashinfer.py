@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from manta.kernels.attention import PlansOnHost
 from manta.kernels.metadata import AttentionMetadata
 
 WORKSPACE_BYTES = 128 << 20  # what FlashInfer's documentation recommends
 
 
-class FlashInferAttention:
+class FlashInferAttention(PlansOnHost):
     """Owns FlashInfer's workspace and plans, one per kind of layer, of one device. Not for several threads at once."""
 
     def __init__(self) -> None:

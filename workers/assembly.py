@@ -19,7 +19,7 @@ def max_model_len(config: ServeConfig, spec: ModelSpec) -> int:
 def assemble(config: ServeConfig, model: CausalLM, num_blocks: int) -> Runner:
     """Allocates KV blocks and the tables of steps; on a GPU records decode steps. Every rank calls it."""
     mesh, spec = model.mesh, model.spec
-    kv_cache = allocate_kv_cache(model, num_blocks, config.block_size, model.dtype, mesh.device)
+    kv_cache = allocate_kv_cache(model, num_blocks, config.block_size, model.format.kv_dtype, mesh.device)
     limits = Limits(
         num_blocks=num_blocks,
         block_size=config.block_size,
@@ -30,5 +30,5 @@ def assemble(config: ServeConfig, model: CausalLM, num_blocks: int) -> Runner:
     )
     stage = Stage(model, mesh, kv_cache, limits, HiddenShape(spec.hidden_size, model.dtype))
     on_device = mesh.device.type == "cuda" and ops.has_gpu_kernels()
-    record = CudaRecorder() if on_device and not config.enforce_eager else None
+    record = CudaRecorder() if on_device and ops.can_be_recorded() and not config.enforce_eager else None
     return Runner(stage, on_device=on_device, record=record)

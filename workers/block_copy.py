@@ -1,6 +1,7 @@
 """Copies of whole KV blocks, before the step that writes to them (copy-on-write)."""
 
 import numpy as np
+import torch
 
 from manta.kernels import ops
 from manta.kernels.metadata import KVCache
@@ -42,5 +43,6 @@ class BlockCopies:
     def _copy_by_layer(self, pairs: Ints) -> None:
         sources, targets = upload([pairs[:, 0], pairs[:, 1]], self._kv_cache[0][0].device)
         for layer in self._kv_cache:
-            for pages in layer:
+            for stored in layer:
+                pages = stored.view(torch.uint8) if stored.element_size() == 1 else stored  # torch copies no fp8 so
                 pages.index_copy_(0, targets, pages.index_select(0, sources))

@@ -31,6 +31,13 @@ class Format:
     def has_fp8_pages(self) -> bool:
         return self.kv_dtype == torch.float8_e4m3fn
 
+    def itemsize_of(self, spec: ModelSpec, name: str) -> int:
+        """Bytes per value of a tensor of the checkpoint."""
+        linear = name.removesuffix(".weight")
+        if not linear.endswith("_proj") or self.linear(spec, linear).weights == Weights.PLAIN:
+            return self.dtype.itemsize
+        return 1
+
     def linear(self, spec: ModelSpec, *names: str) -> "LinearFormat":
         """Of the linears with these names in the checkpoint, which are one product here. Raises ModelError if only some
         of them are quantised."""

@@ -21,6 +21,7 @@ from manta.workers.host_memory import available_memory_bytes
 from manta.workers.loader import load_model, resolve_model_folder
 from manta.workers.mesh import Mesh, connect_mesh
 from manta.workers.models.decoder import CausalLM, allocate_kv_cache
+from manta.workers.options import set_up
 from manta.workers.runner import Runner
 from manta.workers.warmup import run_largest_steps, run_small_steps
 from manta.workers.weights import weight_names, weight_slice
@@ -103,9 +104,10 @@ def load_rank(config: ServeConfig, placement: Placement) -> LoadedRank:
         port=placement.rendezvous_port,
     )
     with nullcontext() if memory is None else memory.during("loading the weights"):
-        model = load_model(folder, spec, mesh, dtype, load_format=config.load_format, seed=config.seed)
+        format = set_up(config, spec, dtype, device)
+        model = load_model(folder, spec, mesh, dtype, load_format=config.load_format, seed=config.seed, format=format)
     loaded_s = time.perf_counter()
-    kv = KVSize.of(allocate_kv_cache(model, 1, config.block_size, dtype, device), config.block_size)
+    kv = KVSize.of(allocate_kv_cache(model, 1, config.block_size, format.kv_dtype, device), config.block_size)
     if memory is None:
         length, free_bytes = max_model_len(config, spec), available_memory_bytes()
         num_blocks = num_cpu_blocks(config, free_bytes, placement.num_workers_on_host, kv.block_bytes, length)
@@ -118,7 +120,7 @@ def load_rank(config: ServeConfig, placement: Placement) -> LoadedRank:
         model=model,
         dtype=dtype,
         num_blocks=num_blocks,
-        weight_bytes=_weight_bytes(spec, mesh, dtype),
+        weight_bytes=_weight_bytes(spec, mesh, model),
         bytes_per_block=kv.block_bytes,
         load_s=loaded_s - started_s,
         profile_s=time.perf_counter() - loaded_s,
@@ -153,14 +155,15 @@ def _check(config: ServeConfig, placement: Placement) -> None:
         raise PlacementError("this rank has neither opened a rendezvous nor been told rendezvous_port")
 
 
-def _weight_bytes(spec: ModelSpec, mesh: Mesh, dtype: torch.dtype) -> int:
+def _weight_bytes(spec: ModelSpec, mesh: Mesh, model: CausalLM) -> int:
     """Of this rank's parts of the checkpoint; kernels may pack them into a little more."""
-    num_weights = 0
+    num_bytes = 0
     for name in weight_names(spec):
         part = weight_slice(spec, mesh, name)
         if part is not None:
-            num_weights += math.prod(axis.stop - axis.start for axis in part.source)
-    return num_weights * dtype.itemsize
+            num_weights = math.prod(axis.stop - axis.start for axis in part.source)
+            num_bytes += num_weights * model.format.itemsize_of(spec, name)
+    return num_bytes
 
 
 def gpu_blocks(config: ServeConfig, model: CausalLM, kv: KVSize, memory: GpuMemory) -> int:
