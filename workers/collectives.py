@@ -36,7 +36,10 @@ class ProcessGroupCollectives:
         self._sum.asyncOp = self._gather.asyncOp = False
 
     def all_reduce(self, x: Tensor) -> None:
-        self._group.allreduce([x], self._sum).wait()
+        whole = x.contiguous()  # gloo takes strided memory for what it is not
+        self._group.allreduce([whole], self._sum).wait()
+        if whole is not x:
+            x.copy_(whole)
 
     def all_gather_last_dim(self, x: Tensor) -> Tensor:
         num_ranks = self._group.size()

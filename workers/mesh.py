@@ -1,7 +1,8 @@
 """The ranks of one replica: tp_size ranks split every layer, pp_size stages split the layers.
 
 Process groups are held by the mesh itself, so one process may hold several and nothing reads a global rank. NCCL
-carries tensors of CUDA ranks; tensor-parallel CPU ranks of one host share memory; gloo carries the rest.
+carries tensors of CUDA ranks, but for small sums; tensor-parallel CPU ranks of one host share memory; gloo carries the
+rest.
 """
 
 from collections import deque
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
+from manta.workers import symmetric
 from manta.workers.collectives import Collectives, MeshError, ProcessGroupCollectives, end_group
 
 SPARE_PENDING_SENDS = 8
@@ -140,7 +142,7 @@ def connect_mesh(
     """Joins the replica's ranks; returns when all have.
 
     Rank 0 passes the `store` it opened, the others its `host` and `port`. `timeout_s` also bounds every later
-    collective. Without `shared_memory` CPU ranks of one host use gloo as those of several do; all ranks say the same.
+    collective. Without `shared_memory` ranks of one host use gloo or NCCL as those of several do; all say the same.
     Raises MeshError.
     """
     if tp_size == pp_size == 1:
@@ -203,8 +205,14 @@ def _tp_collectives(
     if group is None:
         return None
     collectives = ProcessGroupCollectives(group)
-    if device.type == "cuda" or not shared_memory:
+    if not shared_memory:
         return collectives
+    if device.type == "cuda":
+        from manta.workers.torch_symmetric import TorchPeerMemory
+
+        scope = PrefixStore(f"symmetric/{pp_rank}", store)
+        memory = TorchPeerMemory(f"manta/tp/{pp_rank}", scope, tp_rank, tp_size, group, device)
+        return symmetric.connect(memory, collectives, rank=tp_rank, num_ranks=tp_size, device=device)
     from manta.workers import host_collectives  # compiles for the CPU; not needed elsewhere
 
     return host_collectives.connect(
