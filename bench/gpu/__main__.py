@@ -92,6 +92,8 @@ def _parts(
         for shape in args.shapes:
             records += engine.run(shape, device, limits, args.small)
             records += engine.run(shape, device, limits, args.small, eager=True)
+            if device.type == "cuda":
+                records += engine.run(shape, device, limits, args.small, batch_invariant=True)
         return records
 
     def transformers() -> list[dict[str, Any]]:

@@ -71,31 +71,38 @@ def workloads(small: bool) -> list[Workload]:
     ]
 
 
-def serve_config(folder: str, device: torch.device, *, eager: bool, small: bool) -> ServeConfig:
+def serve_config(
+    folder: str, device: torch.device, *, eager: bool, small: bool, batch_invariant: bool = False
+) -> ServeConfig:
     sizes: dict[str, Any] = {"max_num_seqs": 512, "max_num_batched_tokens": 16384, "max_model_len": 4096}
     if small:
         sizes = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": 128, "num_gpu_blocks_override": 64}
     return ServeConfig(
-        model=folder, load_format="dummy", dtype="bfloat16", device=device.type, enforce_eager=eager, **sizes
-    )
+        model=folder, load_format="dummy", dtype="bfloat16", device=device.type, enforce_eager=eager,
+        batch_invariant=batch_invariant, **sizes,
+    )  # fmt: skip
 
 
-def run(shape: str, device: torch.device, limits: Limits, small: bool, eager: bool = False) -> list[dict[str, Any]]:
-    """One record per workload, with the share of the roofline that `limits` give."""
+def run(
+    shape: str, device: torch.device, limits: Limits, small: bool, eager: bool = False, batch_invariant: bool = False
+) -> list[dict[str, Any]]:
+    """One record per workload, with the share of the roofline that `limits` give; eager: of single requests alone,
+    batch_invariant: of the first and the last workload."""
     overrides = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "vocab_size": 512}
     config = make_config(shape, **(overrides if small else {}))
     with tempfile.TemporaryDirectory() as folder:
         config.architectures = [_ARCHITECTURES[config.model_type]]
         config.save_pretrained(Path(folder))
-        engine = InlineEngine(serve_config(folder, device, eager=eager, small=small))
+        engine = InlineEngine(serve_config(folder, device, eager=eager, small=small, batch_invariant=batch_invariant))
         records = []
         for workload in workloads(small):
-            if eager and workload.name != "single":
+            if (eager or (batch_invariant and workload.name != "nano-vllm")) and workload.name != "single":
                 continue
             seed = len(records)
             engine.generate(workload.prompts(config.vocab_size, -1 - seed)[:8], [4] * len(workload.prompt_lens[:8]))
             result = engine.generate(workload.prompts(config.vocab_size, seed), workload.output_lens)
             records.append(_record(shape, workload, result, ModelCost.of(config, 2), limits, engine, eager))
+            records[-1]["batch_invariant"] = batch_invariant
             print(_line(records[-1]), flush=True)
     return records
 
@@ -134,7 +141,8 @@ def _record(
 def _line(record: dict[str, Any]) -> str:
     step = "" if record["ms_per_token"] is None else f", {record['ms_per_token']:.2f} ms per token"
     return (
-        f"{record['shape']} {record['workload']}{'' if record['graphs'] else ' (eager)'}: "
+        f"{record['shape']} {record['workload']}{'' if record['graphs'] else ' (eager)'}"
+        f"{' (batch-invariant)' if record['batch_invariant'] else ''}: "
         f"{record['output_tok_s']:,.0f} output tok/s = {record['share_of_roofline']:.0%} of the roofline "
         f"{record['roofline_tok_s']:,.0f}{step}, device idle {record['device_idle']:.1%}, "
         f"first token after {record['first_token_s'] * 1e3:.1f} ms"
