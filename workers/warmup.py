@@ -18,11 +18,13 @@ FEW_TOKENS = 64  # so few queries upon a long context that attention splits its 
 EVERY_FILTER = Sampling(
     temperature=1.0, top_k=50, top_p=0.9, min_p=0.01, repetition_penalty=1.1, presence_penalty=0.1, seed=1
 )
+WITH_LOGPROBS = Sampling(num_logprobs=20, num_prompt_logprobs=20)
+WITH_LOGPROBS.MergeFrom(EVERY_FILTER)
 
 
 def run_largest_steps(runner: Runner, config: ServeConfig, max_model_len: int) -> None:
     """As many tokens as a step may have, in as many rows as may sample, and upon the longest context; then few tokens
-    upon the longest context."""
+    upon the longest context. Everything is asked for that takes memory."""
     _run(runner, _largest_plans(config, max_model_len))
 
 
@@ -59,7 +61,7 @@ def _small_plans(config: ServeConfig, max_model_len: int) -> Iterator[StepPlan]:
     length = min(WARMUP_PREFILL_TOKENS, config.max_num_batched_tokens // rows, max_model_len - SMALL_STEPS)
     if length < 1:
         return
-    adds = [_add(config, slot, length, 0, num_new=SMALL_STEPS) for slot in range(rows)]
+    adds = [_add(config, slot, length, 0, num_new=SMALL_STEPS, sampling=EVERY_FILTER) for slot in range(rows)]
     first = max(1, rows - 1)
     yield _plan(1, adds[:first], [length] * first)
     if rows > first:
@@ -79,7 +81,9 @@ def _plan(step: int, adds: list[SeqAdd], lengths: list[int], frees: range = rang
     )
 
 
-def _add(config: ServeConfig, slot: int, length: int, num_computed: int, num_new: int = 1) -> SeqAdd:
+def _add(
+    config: ServeConfig, slot: int, length: int, num_computed: int, num_new: int = 1, sampling: Sampling = WITH_LOGPROBS
+) -> SeqAdd:
     """A prompt of zeros, all of whose blocks are the first one."""
     num_blocks = -(-(length + num_new) // config.block_size)
     return SeqAdd(
@@ -89,5 +93,5 @@ def _add(config: ServeConfig, slot: int, length: int, num_computed: int, num_new
         num_computed=num_computed,
         max_length=length + num_new,
         blocks=np.zeros(num_blocks, "<u4").tobytes(),
-        sampling=EVERY_FILTER,
+        sampling=sampling,
     )

@@ -80,6 +80,7 @@ def test_largest_steps(
     longest = max_model_len - 1
     assert max(tokens for tokens, *_ in watched.steps) == min(num_tokens, max_num_seqs * longest)
     assert max(rows for _, _, rows, _ in watched.steps) == max(watched.logits_rows) == max_num_seqs
+    assert sum(watched.logits_rows) == sum(tokens for tokens, *_ in watched.steps), "every token is asked about"
     assert watched.steps[1] == (min(num_tokens, longest), 0, 1, longest)
     assert watched.steps[2] == (min(64, num_tokens, longest), 0, 1, longest)
 
