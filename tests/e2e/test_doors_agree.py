@@ -1,0 +1,168 @@
+"""One model behind HTTP, gRPC and LLM: the same fields give the same tokens, texts, reasons and log-probabilities."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import grpc
+import httpx
+import pytest
+import torch
+
+from manta import LLM, SamplingParams
+from manta.protos import inference_pb2 as pb
+from manta.protos import inference_pb2_grpc as pb_grpc
+from tests.support.checkpoints import make_checkpoint
+from tests.support.server import ServerProcess
+from tests.support.small_tokenizers import TEXTS, VOCAB_SIZE, write_model_folder
+
+PROMPT = TEXTS[0]
+FIELDS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "drawn": {"temperature": 1.2, "seed": 11, "top_k": 40, "top_p": 0.9},
+    "logprobs": {"logprobs": 4, "prompt_logprobs": 2},
+    "logprobs of changed logits": {"logprobs": 0, "repetition_penalty": 1.4, "presence_penalty": 0.3},
+    "logit_bias": {"logit_bias": {300: 6.5, 301: -100.0, 7: 3.0}, "logprobs": 1},
+    "allowed_token_ids": {"allowed_token_ids": [*range(40, 60), 300], "temperature": 1.0, "seed": 1},
+    "truncate_prompt_tokens": {"truncate_prompt_tokens": 5, "prompt_logprobs": 0},
+    "truncate to what fits": {"truncate_prompt_tokens": -1, "max_tokens": 490},
+    "special tokens": {"logit_bias": {3: 100.0}, "max_tokens": 3},
+    "special tokens written": {"logit_bias": {3: 100.0}, "max_tokens": 3, "skip_special_tokens": False},
+    "min_tokens": {"logit_bias": {1: 100.0}, "min_tokens": 3, "ignore_eos": False},
+}
+
+
+@dataclass
+class Answer:
+    """As every door gives it."""
+
+    token_ids: list[int]
+    text: str
+    finish_reason: str
+    stop_reason: str | int | None
+    logprobs: list[float] | None
+    best: list[list[float]] | None
+    prompt_logprobs: list[float] | None
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    return make_checkpoint(
+        write_model_folder(tmp_path_factory.mktemp("model")), "llama", vocab_size=VOCAB_SIZE, eos_token_id=1
+    )
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[ServerProcess]:
+    words = [
+        str(folder), "--served-model-name", "tiny", "--dtype", "float32", "--kv-cache-memory-bytes", "8MiB",
+        "--distributed-executor-backend", "local", "--max-num-seqs", "8", "--port", "0", "--grpc-port", "0",
+    ]  # fmt: skip
+    with ServerProcess(*words) as process:
+        yield process.wait_ready()
+
+
+@pytest.fixture(scope="module")
+def llm(folder: Path) -> Iterator[LLM]:
+    with LLM(str(folder), dtype="float32", max_num_seqs=8, kv_cache_memory_bytes="8MiB") as llm:
+        yield llm
+
+
+def over_http(server: ServerProcess, fields: dict[str, Any], prompt: str) -> Answer:
+    body = {"prompt": prompt, "return_token_ids": True} | fields
+    if "logit_bias" in body:
+        body["logit_bias"] = {str(token): bias for token, bias in body["logit_bias"].items()}
+    response = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+    assert response.status_code == 200, response.text
+    choice = response.json()["choices"][0]
+    logprobs, told = choice["logprobs"], choice.get("prompt_logprobs")
+    return Answer(
+        choice["token_ids"],
+        choice["text"],
+        choice["finish_reason"],
+        choice["stop_reason"],
+        logprobs and logprobs["token_logprobs"],
+        logprobs and [list(top.values())[: fields["logprobs"]] for top in logprobs["top_logprobs"]],
+        told and [next(iter(one.values()))["logprob"] for one in told[1:]],
+    )
+
+
+def over_grpc(server: ServerProcess, fields: dict[str, Any], prompt: str) -> Answer:
+    request = pb.GenerateRequest(text=prompt, sampling=pb.SamplingParams(**fields))
+    with grpc.insecure_channel(server.grpc_address) as channel:
+        (response,) = pb_grpc.InferenceStub(channel).Generate(request, timeout=60)
+    asks = "logprobs" in fields
+    return Answer(
+        list(response.token_ids),
+        response.text,
+        response.finish_reason,
+        response.stop_string if response.HasField("stop_string")
+        else response.stop_token_id if response.HasField("stop_token_id") else None,
+        [one.logprob for one in response.logprobs] if asks else None,
+        [list(one.top_logprobs) for one in response.logprobs] if asks else None,
+        [one.logprob for one in response.prompt_logprobs] if "prompt_logprobs" in fields else None,
+    )  # fmt: skip
+
+
+def offline(llm: LLM, fields: dict[str, Any], prompt: str) -> Answer:
+    (output,) = llm.generate(prompt, SamplingParams(**fields), use_tqdm=False)
+    one = output.outputs[0]
+    best = None
+    if one.logprobs is not None:
+        best = [sorted((e.logprob for e in each.values()), reverse=True)[: fields["logprobs"]] for each in one.logprobs]
+    told = output.prompt_logprobs
+    return Answer(
+        one.token_ids,
+        one.text,
+        str(one.finish_reason),
+        one.stop_reason,
+        one.logprobs and [next(iter(each.values())).logprob for each in one.logprobs],
+        best,
+        told and [next(iter(each.values())).logprob for each in told[1:] if each is not None],
+    )
+
+
+def assert_equal(answers: list[Answer]) -> None:
+    first, *others = answers
+    for other in others:
+        for name in ("token_ids", "text", "finish_reason", "stop_reason"):
+            assert getattr(other, name) == getattr(first, name), name
+        for name in ("logprobs", "best", "prompt_logprobs"):
+            ours, theirs = getattr(first, name), getattr(other, name)
+            assert (ours is None) == (theirs is None)
+            if name == "best" and ours is not None:
+                ours, theirs = list(chain.from_iterable(ours)), list(chain.from_iterable(theirs))
+            assert theirs == (None if ours is None else pytest.approx(ours, abs=1e-5))
+
+
+@pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS.keys())
+def test_doors_agree(server: ServerProcess, llm: LLM, fields: dict[str, Any]) -> None:
+    fields = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True} | fields
+    answers = [over_http(server, fields, PROMPT), over_grpc(server, fields, PROMPT), offline(llm, fields, PROMPT)]
+    assert_equal(answers)
+
+
+def test_doors_agree_about_ends(server: ServerProcess, llm: LLM) -> None:
+    fields: dict[str, Any] = {"temperature": 0.0, "max_tokens": 24, "ignore_eos": True, "logprobs": 0}
+    whole = offline(llm, fields, PROMPT)
+    middle = len(whole.text) // 2
+    ends: list[dict[str, Any]] = [
+        {"stop": [whole.text[middle : middle + 2]]},
+        {"stop_token_ids": [whole.token_ids[7]]},
+        {"bad_words": [whole.text[middle : middle + 3]]},
+    ]
+    for end in ends:
+        for include in (False, True):
+            asked = fields | end | {"include_stop_str_in_output": include}
+            answers = [over_http(server, asked, PROMPT), over_grpc(server, asked, PROMPT), offline(llm, asked, PROMPT)]
+            assert_equal(answers)
+            assert "bad_words" in end or answers[0].finish_reason == "stop"
+
+
+def test_skipped_special_tokens(server: ServerProcess) -> None:
+    fields = {"temperature": 0.0, "max_tokens": 2, "logit_bias": {3: 100.0}, "bad_words": []}
+    assert over_http(server, fields, PROMPT).text == ""
+    assert over_http(server, fields | {"skip_special_tokens": False}, PROMPT).text == "<|user|>" * 2
