@@ -12,7 +12,7 @@ from torch import Tensor
 from manta.kernels.cpu_decoder.fetch import LINE_BYTES, fetch_lines
 from manta.kernels.cpu_decoder.threads import atomic_add
 from manta.kernels.cpu_decoder.tiles import COLUMNS, LANES, MAX_ROWS, multiply_tile, widen_panel
-from manta.kernels.cpu_decoder.vectors import silu_mul_row
+from manta.kernels.cpu_decoder.vectors import copy_past_caches, silu_mul_row
 from manta.kernels.cpu_scalars import is_paired, item_bytes, jit, load, load_int64, store, store_int64
 
 BLOCK_ROWS = 21 * 12  # of x: about 600 KB for 576 inputs
@@ -21,6 +21,7 @@ AHEAD_BYTES = 2048  # between a fetch of weights and their use: about what a rea
 SEGMENT_BYTES = 64  # a cache line for the one address that tiles read
 WIDE_HALF_K = 96  # pairs of rows of a panel that are widened at a time: 24 KiB, in the first-level cache
 MIN_WIDE_ROWS = 10 * 12  # for fewer, widening apart saves nothing (measured: 0.95 at 64 rows, 1.0 to 1.06 from 128 on)
+MIN_STREAMED_ROWS = 500  # outputs of so many outgrow the second-level cache: 1.03 at 2,048 rows, 1.01 at 512
 MIN_COUNTED_ROWS = 16  # for fewer, weights are read as fast as memory gives them, best in one go
 SCRATCH_BYTES = SEGMENT_BYTES + 4 * (BLOCK_ROWS + MAX_ROWS + 2 * WIDE_HALF_K) * COLUMNS
 
@@ -59,15 +60,23 @@ def interleave(gate_up: Tensor) -> Tensor:
 @jit()
 def _finish(
     rows: Any, panel: Any, scratch: Any, bias: Any, num_out: Any, out: Any, at: Any, out_stride: Any, mode: Any,
-    left: Any,
+    is_streamed: Any, left: Any,
 ) -> None:  # fmt: skip
     """Takes a block of sums [rows, 32] to the output, whose first row begins at element `at`."""
     if bias != 0:
-        width = COLUMNS if mode == SILU_MUL else min(COLUMNS, num_out - panel * COLUMNS)
+        num_columns = COLUMNS if mode == SILU_MUL else min(COLUMNS, num_out - panel * COLUMNS)
         for r in range(rows):
-            for j in range(width):
+            for j in range(num_columns):
                 value = load(scratch, r * COLUMNS + j, F32) + load(bias, panel * COLUMNS + j, F32)
                 store(scratch, r * COLUMNS + j, value, F32)
+    width = LANES if mode == SILU_MUL else COLUMNS
+    if is_streamed and num_out - panel * width >= width:
+        for r in range(rows):
+            sums = scratch + 4 * r * COLUMNS
+            if mode == SILU_MUL:
+                silu_mul_row(sums, sums + 4 * LANES)
+            copy_past_caches(sums, out + 4 * (at + r * out_stride + panel * width), width // LANES)
+        return
     if mode == SILU_MUL:
         first = panel * LANES
         count = min(LANES, num_out - first)
@@ -92,7 +101,7 @@ def _finish(
 @jit()
 def _multiply_unit(
     x: Any, x_stride: Any, rows: Any, half_k: Any, weight: Any, following: Any, panel: Any, bias: Any, num_out: Any,
-    out: Any, at: Any, out_stride: Any, mode: Any, scratch: Any, left: Any, kind: Any,
+    out: Any, at: Any, out_stride: Any, mode: Any, is_streamed: Any, scratch: Any, left: Any, kind: Any,
 ) -> None:  # fmt: skip
     """One panel for a block of rows. Many rows take it in parts, each widened to float32 once, not once for every
     MAX_ROWS, while the next part (after the last, of the panel at `following`) is fetched. Each sum is over k in the
@@ -126,7 +135,9 @@ def _multiply_unit(
                     AHEAD_BYTES, tile_sums, COLUMNS, 0, left, kind,
                 )  # fmt: skip
             if is_last:  # at once: what it writes goes to memory while the next tile is computed
-                _finish(tile, panel, tile_sums, bias, num_out, out, at + r * out_stride, out_stride, mode, left)
+                _finish(
+                    tile, panel, tile_sums, bias, num_out, out, at + r * out_stride, out_stride, mode, is_streamed, left
+                )  # fmt: skip
 
 
 def multiply(
@@ -149,6 +160,8 @@ def multiply(
     block_rows = ((rows + blocks - 1) // blocks + MAX_ROWS - 1) // MAX_ROWS * MAX_ROWS
     units = blocks * panels
     is_counted = rows >= MIN_COUNTED_ROWS
+    is_aligned = out % (4 * LANES) == 0 and out_stride % LANES == 0
+    is_streamed = rows >= MIN_STREAMED_ROWS and is_aligned and mode != ADD and (mode == STORE or item_bytes(left) == 4)
     unit = atomic_add(counter, 1) if is_counted else units * thread // threads
     end_unit = units if is_counted else units * (thread + 1) // threads
     while unit < end_unit:
@@ -157,6 +170,6 @@ def multiply(
         _multiply_unit(
             x + item_bytes(left) * row * x_stride, x_stride, min(block_rows, rows - row), half_k,
             weight + unit % panels * panel_bytes, weight + likely_next % panels * panel_bytes, unit % panels, bias,
-            num_out, out, row * out_stride, out_stride, mode, scratch, left, kind,
+            num_out, out, row * out_stride, out_stride, mode, is_streamed, scratch, left, kind,
         )  # fmt: skip
         unit = atomic_add(counter, 1) if is_counted else unit + 1

@@ -132,6 +132,22 @@ def silu_mul_row(typing_context: Any, gate: Any, up: Any) -> Any:
 
 
 @intrinsic
+def copy_past_caches(typing_context: Any, source: Any, target: Any, num_vectors: Any) -> Any:
+    """num_vectors * 16 float32 from address `source` to `target`, a multiple of 64, which is not read first: for what
+    is larger than the caches and is written in whole lines. Visible to other threads after an atomic operation."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        source, target = (builder.inttoptr(address, _FLOATS.as_pointer()) for address in args[:2])
+        with cgutils.for_range(builder, args[2]) as loop:
+            value = builder.load(builder.gep(source, [loop.index]), align=4)
+            written = builder.store(value, builder.gep(target, [loop.index]), align=4 * LANES)
+            written.set_metadata("nontemporal", builder.module.add_metadata([_I32(1)]))
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 3), codegen
+
+
+@intrinsic
 def shrink_rows(typing_context: Any, before: Any, now: Any, factor: Any, num_vectors: Any) -> Any:
     """factor = e ** (before - now), then before = now; all of them addresses of num_vectors * 16 float32. A maximum
     that was never set is -1e30 or so, and its factor about 0."""
