@@ -74,6 +74,9 @@ class FakeStep:
     def tokens(self) -> bytes:
         return self._tokens
 
+    def logprobs(self) -> bytes:
+        return b""
+
 
 class FakeRunner:
     """Slots as columns; follows the rules in protos/worker.proto."""
