@@ -125,8 +125,7 @@ class DeviceSteps:
     def _receive(self, buffers: StepBuffers, num_tokens: int) -> None:
         """The hidden states of the stage before."""
         if buffers.hidden is not None:
-            hidden = buffers.hidden[:num_tokens]
-            hidden.copy_(self._stage.mesh.recv_hidden(num_tokens, hidden.shape[1], hidden.dtype))
+            self._stage.mesh.recv_hidden_to(buffers.hidden[:num_tokens])
 
     def _finish(
         self, lane: int, rows: Rows, buffers: StepBuffers, out: Tensor | None, records: Sequence[Records] = ()

@@ -69,10 +69,18 @@ class GpuMemory:
     """The account of one rank's GPU. The owner of these numbers, all in bytes; None is not known yet."""
 
     def __init__(self, config: ServeConfig, meter: Meter) -> None:
-        """Call before anything is loaded."""
+        """Call before anything is loaded. Raises CapacityError if the device has not even room for a CUDA context."""
         self._config = config
         self._meter = meter
-        first = meter.read()
+        try:
+            first = meter.read()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise CapacityError(
+                "other processes use all of the GPU's memory: there is no room for a CUDA context. Free the device, or "
+                "choose another one with CUDA_VISIBLE_DEVICES"
+            ) from error
         self.total_bytes = first.total_bytes
         self.others_bytes = first.outside_bytes
         self.weight_bytes: int | None = None

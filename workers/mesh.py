@@ -81,8 +81,12 @@ class Mesh:
     def recv_hidden(self, num_tokens: int, hidden_size: int, dtype: torch.dtype) -> Tensor:
         """Hidden states [num_tokens, hidden_size] of the previous stage."""
         x = torch.empty(num_tokens, hidden_size, dtype=dtype, device=self.device)
-        self._groups["hidden"].recv([x], self.pp_rank - 1, 0).wait()
+        self.recv_hidden_to(x)
         return x
+
+    def recv_hidden_to(self, x: Tensor) -> None:
+        """The same into x, contiguous; what was launched before still reads what is there."""
+        self._groups["hidden"].recv([x], self.pp_rank - 1, 0).wait()
 
     def send_tokens(self, x: Tensor) -> None:
         """Sends sampled ids int64 [n] from the last stage to the first one, as `send_hidden` does."""

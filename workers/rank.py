@@ -68,15 +68,12 @@ class LoadedRank:
         """Allocates the KV blocks and runs the model once in each shape of step. Every rank calls it. Raises
         CapacityError."""
         ops.warm_up(self.dtype, self.mesh.device)
-        with self._during(f"allocating {num_blocks} KV blocks and getting ready for steps on them"):
+        with _during(self.gpu_memory, f"allocating {num_blocks} KV blocks and getting ready for steps on them"):
             runner = assemble(self.config, self.model, num_blocks)
             run_small_steps(runner, self.config, max_model_len(self.config, self.spec))
         gc.collect()
         gc.freeze()  # what lives now lives for good: the collector need not look at it during steps
         return runner
-
-    def _during(self, what: str) -> AbstractContextManager[None]:
-        return nullcontext() if self.gpu_memory is None else self.gpu_memory.during(what)
 
 
 def load_rank(config: ServeConfig, placement: Placement) -> LoadedRank:
@@ -92,18 +89,9 @@ def load_rank(config: ServeConfig, placement: Placement) -> LoadedRank:
     spec = read_model_spec(folder)
     dtype: torch.dtype = getattr(torch, spec.dtype if config.dtype == "auto" else config.dtype)
     memory = GpuMemory(config, CudaMeter(device)) if device.type == "cuda" else None
-    mesh = connect_mesh(
-        tp_rank=placement.tp_rank,
-        tp_size=config.tensor_parallel_size,
-        pp_rank=placement.pp_rank,
-        pp_size=config.pipeline_parallel_size,
-        device=device,
-        timeout_s=COLLECTIVE_TIMEOUT_S,
-        store=placement.store,
-        host=placement.rendezvous_host,
-        port=placement.rendezvous_port,
-    )
-    with nullcontext() if memory is None else memory.during("loading the weights"):
+    with _during(memory, "connecting to the other ranks"):
+        mesh = _connect(config, placement, device)
+    with _during(memory, "loading the weights"):
         format = set_up(config, spec, dtype, device)
         model = load_model(folder, spec, mesh, dtype, load_format=config.load_format, seed=config.seed, format=format)
     loaded_s = time.perf_counter()
@@ -155,6 +143,20 @@ def _check(config: ServeConfig, placement: Placement) -> None:
         raise PlacementError("this rank has neither opened a rendezvous nor been told rendezvous_port")
 
 
+def _connect(config: ServeConfig, placement: Placement, device: torch.device) -> Mesh:
+    return connect_mesh(
+        tp_rank=placement.tp_rank,
+        tp_size=config.tensor_parallel_size,
+        pp_rank=placement.pp_rank,
+        pp_size=config.pipeline_parallel_size,
+        device=device,
+        timeout_s=COLLECTIVE_TIMEOUT_S,
+        store=placement.store,
+        host=placement.rendezvous_host,
+        port=placement.rendezvous_port,
+    )
+
+
 def _weight_bytes(spec: ModelSpec, mesh: Mesh, model: CausalLM) -> int:
     """Of this rank's parts of the checkpoint; kernels may pack them into a little more."""
     num_bytes = 0
@@ -164,6 +166,10 @@ def _weight_bytes(spec: ModelSpec, mesh: Mesh, model: CausalLM) -> int:
             num_weights = math.prod(axis.stop - axis.start for axis in part.source)
             num_bytes += num_weights * model.format.itemsize_of(spec, name)
     return num_bytes
+
+
+def _during(memory: GpuMemory | None, what: str) -> AbstractContextManager[None]:
+    return nullcontext() if memory is None else memory.during(what)
 
 
 def gpu_blocks(config: ServeConfig, model: CausalLM, kv: KVSize, memory: GpuMemory) -> int:

@@ -116,6 +116,15 @@ def test_a_device_that_others_fill_is_an_error_with_all_numbers_and_flags() -> N
     assert "\n" not in message
 
 
+def test_a_device_without_room_for_a_context() -> None:
+    class Full(FakeGpu):
+        def read(self) -> Reading:
+            raise RuntimeError("CUDA error: out of memory")
+
+    with pytest.raises(CapacityError, match="other processes use all of the GPU's memory"):
+        GpuMemory(CONFIG, Full())
+
+
 def test_running_out_while_loading() -> None:
     gpu = FakeGpu()
     with pytest.raises(CapacityError, match=r"while loading the weights: the GPU has 81,920\.0 MiB.*--tensor-par") as e:
