@@ -1,4 +1,5 @@
 """Writes what every Triton kernel takes of a GPU (registers, stack, shared memory) into docs/kernels.md. Needs no GPU.
+Ends with 1 and says where, if any spills registers or wants more shared memory than there is.
 
 .venv/bin/python bench/kernel_resources.py            # sm_80, sm_90 and sm_100
 .venv/bin/python bench/kernel_resources.py --print    # to the terminal instead
@@ -20,30 +21,33 @@ HEAD = """
 """
 
 
-def table() -> str:
-    """One line per kernel, launch and device."""
-    lines = []
+def table() -> tuple[str, list[str]]:
+    """One line per kernel, launch and device; what is wrong with any of them."""
+    lines, problems = [], []
     for family in aot.families():
         for item in aot.resources_of(family, with_more=True):
             cells = [family, item.launch, f"`{item.kernel}`", item.capability, item.num_warps, item.num_stages,
                      item.registers, item.stack_bytes, item.shared_bytes, item.blocks_per_sm]  # fmt: skip
             lines.append("| " + " | ".join(map(str, cells)) + " |\n")
-    return HEAD + "".join(lines)
+            problems += item.problems()
+    return HEAD + "".join(lines), problems
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--print", action="store_true", help="print the table and leave docs/kernels.md as it is")
     only_print = parser.parse_args().print
-    written = table()
+    written, problems = table()
+    print("\n".join(problems), file=sys.stderr)
     if only_print:
         print(written)
-        return
+        return len(problems)
     path = ROOT / "docs" / "kernels.md"
     before, _, rest = path.read_text().partition(BEGIN)
     after = rest.partition(END)[2]
     path.write_text(f"{before}{BEGIN}\n{written}\n{END}{after}")
+    return len(problems)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(min(1, main()))

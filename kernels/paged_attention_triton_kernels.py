@@ -33,6 +33,22 @@ def _find_row(query_start, tile, num_rows, BLOCK_Q: tl.constexpr):
 
 
 @triton.jit
+def _find_queries(query_start, num_rows, BLOCK_Q: tl.constexpr, ONE_TOKEN: tl.constexpr):
+    """This program's row, its first token, its number of tokens, and how many of them are before the query tile."""
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the last tile of a prompt has most to do: first
+    row = tile
+    first = tile
+    num_queries = 1
+    offset = 0
+    if not ONE_TOKEN:
+        row = _find_row(query_start, tile, num_rows, BLOCK_Q)
+        first = tl.load(query_start + row)
+        num_queries = tl.load(query_start + row + 1) - first
+        offset = (tile - first // BLOCK_Q - row) * BLOCK_Q
+    return row, first, num_queries, offset
+
+
+@triton.jit
 def _to_dot(x, DOT: tl.constexpr, FP8_BITS: tl.constexpr):
     """Keys or values as the matrix units take them. FP8_BITS: e4m3 as int8, which becomes x / 256, exactly."""
     if FP8_BITS:
@@ -109,6 +125,31 @@ def _attend_tiles(
 
 
 @triton.jit
+def _attend_keys(
+    q, begin, full, full_end, end_tile, position, end, window, qk_scale, keys, values, table, head_offset, page_stride,
+    DIM: tl.constexpr, DIM_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, HAS_WINDOW: tl.constexpr, DOT: tl.constexpr, FP8_BITS: tl.constexpr,
+):  # fmt: skip
+    """Maxima, sums and outputs of a query tile over the key tiles begin : end_tile, as `_key_tiles` gives them."""
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, DIM_PADDED], tl.float32)
+    if HAS_WINDOW:
+        m, total, acc = _attend_tiles(
+            q, m, total, acc, begin, full, position, end, window, qk_scale, keys, values, table, head_offset,
+            page_stride, DIM, DIM_PADDED, BLOCK_SIZE, BLOCK_N, HAS_WINDOW, DOT, FP8_BITS, True,
+        )  # fmt: skip
+    m, total, acc = _attend_tiles(
+        q, m, total, acc, full, full_end, position, end, window, qk_scale, keys, values, table, head_offset,
+        page_stride, DIM, DIM_PADDED, BLOCK_SIZE, BLOCK_N, HAS_WINDOW, DOT, FP8_BITS, False,
+    )  # fmt: skip
+    return _attend_tiles(
+        q, m, total, acc, full_end, end_tile, position, end, window, qk_scale, keys, values, table, head_offset,
+        page_stride, DIM, DIM_PADDED, BLOCK_SIZE, BLOCK_N, HAS_WINDOW, DOT, FP8_BITS, True,
+    )  # fmt: skip
+
+
+@triton.jit
 def _key_tiles(
     first_position, end, window, split, num_splits, MIN_SPLIT_TILES: tl.constexpr,
     FIXED_SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, HAS_WINDOW: tl.constexpr,
@@ -161,21 +202,10 @@ def attend(
     float32 [tokens, NUM_HEADS, splits, DIM], with maxima and sums in `maxima` and `sums` [tokens, NUM_HEADS, splits];
     else to `out`.
     """
-    query_tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the last tile of a prompt has most to do: first
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
-    row = query_tile
-    first = query_tile
-    num_queries = 1
-    offset = 0
-    if not ONE_TOKEN:
-        row = _find_row(query_start, query_tile, num_rows, BLOCK_Q)
-        first = tl.load(query_start + row)
-        num_queries = tl.load(query_start + row + 1) - first
-        offset = (query_tile - first // BLOCK_Q - row) * BLOCK_Q
-        if offset >= num_queries:
-            return
-    if (first + offset >= token_end) | (first + offset + BLOCK_Q <= token_begin):
+    row, first, num_queries, offset = _find_queries(query_start, num_rows, BLOCK_Q, ONE_TOKEN)
+    if (offset >= num_queries) | (first + offset >= token_end) | (first + offset + BLOCK_Q <= token_begin):
         return
     context = tl.load(seq_lens + row) - num_queries
     m_index = tl.arange(0, BLOCK_M)
@@ -198,25 +228,11 @@ def attend(
         qk_scale *= tl.load(k_scale)
     if FP8_BITS:
         qk_scale *= E4M3_AS_FLOAT16
-    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, DIM_PADDED], tl.float32)
-    table = block_tables + row.to(tl.int64) * table_stride
-    head_offset = kv_head.to(tl.int64) * head_stride
-    if HAS_WINDOW:
-        m, total, acc = _attend_tiles(
-            q_tile, m, total, acc, begin, full, position, end, window, qk_scale, keys, values, table, head_offset,
-            page_stride, DIM, DIM_PADDED, BLOCK_SIZE, BLOCK_N, HAS_WINDOW, DOT, FP8_BITS, True,
-        )  # fmt: skip
-    m, total, acc = _attend_tiles(
-        q_tile, m, total, acc, full, full_end, position, end, window, qk_scale, keys, values, table, head_offset,
-        page_stride, DIM, DIM_PADDED, BLOCK_SIZE, BLOCK_N, HAS_WINDOW, DOT, FP8_BITS, False,
+    m, total, acc = _attend_keys(
+        q_tile, begin, full, full_end, end_tile, position, end, window, qk_scale, keys, values,
+        block_tables + row.to(tl.int64) * table_stride, kv_head.to(tl.int64) * head_stride, page_stride,
+        DIM, DIM_PADDED, BLOCK_SIZE, BLOCK_M, BLOCK_N, HAS_WINDOW, DOT, FP8_BITS,
     )  # fmt: skip
-    m, total, acc = _attend_tiles(
-        q_tile, m, total, acc, full_end, end_tile, position, end, window, qk_scale, keys, values, table, head_offset,
-        page_stride, DIM, DIM_PADDED, BLOCK_SIZE, BLOCK_N, HAS_WINDOW, DOT, FP8_BITS, True,
-    )  # fmt: skip
-
     if IS_SPLIT:
         at = ((token - token_begin) * NUM_HEADS + head) * tl.num_programs(2) + split
         tl.store(maxima + at, m, mask=has_row)

@@ -42,6 +42,7 @@ LAUNCHES: Launches = {
     "silu_mul 28672 fp8": lambda: silu_mul_triton.silu_mul_fp8(_meta(256, 57344)),
     "silu_mul 14336 fp8, one scale": lambda: silu_mul_triton.silu_mul_fp8(_meta(256, 28672), _scale()),
     "quantize 4096": lambda: quantize_triton.quantize(_meta(256, 4096)),
+    "quantize 28672": lambda: quantize_triton.quantize(_meta(256, 28672)),
     "quantize 8192, one scale": lambda: quantize_triton.quantize(_meta(256, 8192), _scale()),
     "rope 32+8 heads of 128": lambda: _rope(32, 8, 128, False, False),
     "rope 32+8 heads of 128, fp8 pages": lambda: _rope(32, 8, 128, False, True),

@@ -60,6 +60,7 @@ LAUNCHES: Launches = {
     "32/8 heads of 128, decode, split, pages of 64": partial(launch, LLAMA, SPLIT, 64),
     "32/8 heads of 128, decode, fp8": partial(launch, LLAMA, DECODE, 32, fp8=True),
     "32/8 heads of 128, mixed": partial(launch, LLAMA, MIXED),
+    "32/8 heads of 128, mixed, fp8": partial(launch, LLAMA, MIXED, fp8=True),
     "32/8 heads of 128, prefill": partial(launch, LLAMA, PREFILL),
     "32/8 heads of 128, prefill, window, pages of 64": partial(launch, LLAMA, PREFILL, 64, window=4096),
     "32/32 heads of 80, decode": partial(launch, PHI2, DECODE),
@@ -67,6 +68,13 @@ LAUNCHES: Launches = {
     "16/8 heads of 256, prefill": partial(launch, GEMMA, PREFILL, 32),
 }
 MORE: Launches = {
+    "32/8 heads of 128, mixed, fp8, batch-invariant": partial(launch, LLAMA, MIXED, fp8=True, batch_invariant=True),
+    "32/8 heads of 128, decode, fp8, window": partial(launch, LLAMA, DECODE, fp8=True, window=4096),
+    "16/8 heads of 256, decode, fp8": partial(launch, GEMMA, DECODE, fp8=True),
+    "16/8 heads of 256, mixed, fp8": partial(launch, GEMMA, MIXED, fp8=True),
+    "16/8 heads of 256, prefill, fp8": partial(launch, GEMMA, PREFILL, fp8=True),
+    "32/8 heads of 96, prefill, fp8": partial(launch, PHI3, PREFILL, fp8=True),
+    "9/3 heads of 64, mixed, fp8": partial(launch, SMOL, MIXED, fp8=True),
     "32/8 heads of 96, mixed": partial(launch, PHI3, MIXED, 32, dtype=torch.float16),
     "32/8 heads of 128, mixed, batch-invariant": partial(launch, LLAMA, MIXED, 64, batch_invariant=True),
     "32/8 heads of 128, prefill, fp8": partial(launch, LLAMA, PREFILL, 64, fp8=True),

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from manta.kernels import fp8, gpu
+from manta.kernels import fp8, gpu, linears
 from tests.support.tolerances import KERNEL, relative_error
 from tests.support.triton_device import DEVICE, INTERPRETED
 
@@ -84,6 +84,18 @@ def test_fp8(num_rows: int, has_bias: bool) -> None:
     assert relative_error(out, expected) < KERNEL[torch.float16]
     again = matmul_triton.scaled_linear(fp8.Fp8Rows(x.values[:1], x.scales[:1]), weight.values, scales, bias, out.dtype)
     assert torch.equal(again, out[:1])
+
+
+@pytest.mark.parametrize("num_rows", [1, 33, 256])
+def test_scaled_product_of_torch_on_this_device(num_rows: int) -> None:
+    if not INTERPRETED and not gpu.gpu_of(DEVICE).converts_e4m3:
+        pytest.skip("this GPU has no fp8 products")
+    x, weight = fp8.quantize(randn(num_rows, 640)), fp8.quantize(randn(144, 640))
+    scales = weight.scales[:, 0].contiguous()
+    for bias in (None, randn(144, dtype=torch.bfloat16)):
+        out = linears.scaled_mm(x, weight.values, scales, bias, torch.bfloat16)
+        expected = oracle(fp8.dequantize(x, torch.float32), fp8.dequantize(weight, torch.float32), bias)
+        assert relative_error(out, expected) < KERNEL[torch.bfloat16]
 
 
 def test_tiling_follows_from_the_weight_alone() -> None:
