@@ -37,19 +37,25 @@ class ProcessGroupCollectives:
 
     def all_reduce(self, x: Tensor) -> None:
         whole = x.contiguous()  # gloo takes strided memory for what it is not
-        self._group.allreduce([whole], self._sum).wait()
+        _finish(self._group.allreduce([whole], self._sum))
         if whole is not x:
             x.copy_(whole)
 
     def all_gather_last_dim(self, x: Tensor) -> Tensor:
         num_ranks = self._group.size()
         parts = x.new_empty(num_ranks * x.numel())
-        self._group._allgather_base(parts, x.reshape(-1), self._gather).wait()
+        _finish(self._group._allgather_base(parts, x.reshape(-1), self._gather))
         return parts.view(num_ranks, *x.shape).movedim(0, -2).reshape(*x.shape[:-1], num_ranks * x.shape[-1])
 
     def destroy(self) -> None:
         end_group(self._group)
         self._group = None
+
+
+def _finish(work: Any) -> None:
+    """NCCL gives nothing to wait for where it works in the current stream; gloo does."""
+    if work is not None:
+        work.wait()
 
 
 def end_group(group: Any) -> None:
