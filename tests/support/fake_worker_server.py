@@ -37,6 +37,12 @@ def fake_tokens(prompt: list[int], num_tokens: int, seed: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
+def fake_record(token: int, position: int, num_best: int) -> bytes:
+    """Of the token at `position`: -token / 4, rank position, the best are 0, 1, ... with 0, -1, ..."""
+    floats = np.array([-token / 4, *range(0, -num_best, -1)], "<f4")
+    return floats[:1].tobytes() + np.array([position, *range(num_best)], "<i4").tobytes() + floats[1:].tobytes()
+
+
 class WrongPlanError(Exception):
     """The plan breaks the protocol; the message says how."""
 
@@ -53,7 +59,8 @@ class _Slot:
     num_computed: int
     max_length: int
     blocks: list[int]
-    seed: int
+    num_prompt_tokens: int
+    sampling: Any
     decoding: bool = False
 
 
@@ -67,10 +74,12 @@ class FakeDevice:
     step: int = 0
     slots: dict[int, _Slot] = field(default_factory=dict)
     kv: dict[int, dict[int, int]] = field(default_factory=dict)  # block -> offset -> token
+    logprobs: bytes = b""  # of the step
 
     def run(self, plan: pb.StepPlan) -> list[int]:
         """Returns the sampled tokens in row order. Raises WrongPlanError."""
         self._enter(plan)
+        self.logprobs = b""
         for slot in _column(plan.frees):
             require(slot in self.slots, f"free of the empty slot {slot}")
             del self.slots[slot]
@@ -97,8 +106,9 @@ class FakeDevice:
         require(add.num_computed < len(tokens), "nothing is left to compute")
         require(len(tokens) < add.max_length, "the sequence cannot grow")
         blocks = _column(add.blocks).tolist()
-        seed = int(add.sampling.seed)
-        self.slots[add.slot] = _Slot(add.lane, tokens, add.num_computed, add.max_length, blocks, seed)
+        self.slots[add.slot] = _Slot(
+            add.lane, tokens, add.num_computed, add.max_length, blocks, add.num_prompt_tokens, add.sampling
+        )
 
     def _decode(self, plan: pb.StepPlan) -> list[int]:
         held = set(_column(plan.holds).tolist())
@@ -136,10 +146,16 @@ class FakeDevice:
             block, offset = divmod(position, self.block_size)
             held = self.kv.get(slot.blocks[block], {}).get(offset)
             require(held == slot.tokens[position], f"KV of position {position} holds token {held}")
+        asked = slot.sampling
+        if asked.HasField("num_prompt_logprobs"):
+            for position in range(slot.num_computed + 1, min(end, slot.num_prompt_tokens - 1) + 1):
+                self.logprobs += fake_record(slot.tokens[position], position, asked.num_prompt_logprobs)
         slot.num_computed = end
 
     def _sample(self, slot: _Slot) -> int:
-        token = fake_next_token(slot.tokens[-1], len(slot.tokens), slot.seed)
+        token = fake_next_token(slot.tokens[-1], len(slot.tokens), int(slot.sampling.seed))
+        if slot.sampling.HasField("num_logprobs"):
+            self.logprobs += fake_record(token, len(slot.tokens), slot.sampling.num_logprobs)
         slot.tokens.append(token)
         return token
 
@@ -264,6 +280,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
             return result
         try:
             result.tokens = np.array(self.device.run(plan), "<i4").tobytes()
+            result.logprobs = self.device.logprobs
         except WrongPlanError as error:
             result.error = f"wrong plan at step {plan.step}: {error}"
         self.num_steps += 1
