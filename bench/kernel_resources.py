@@ -38,7 +38,8 @@ def main() -> int:
     parser.add_argument("--print", action="store_true", help="print the table and leave docs/kernels.md as it is")
     only_print = parser.parse_args().print
     written, problems = table()
-    print("\n".join(problems), file=sys.stderr)
+    for problem in problems:
+        print(problem, file=sys.stderr)
     if only_print:
         print(written)
         return len(problems)
