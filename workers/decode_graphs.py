@@ -41,10 +41,11 @@ def graph_sizes(max_num_seqs: int) -> list[int]:
 class DecodeGraph:
     """One number of rows."""
 
-    def __init__(self, buffers: StepBuffers, body: Body, record: Record) -> None:
+    def __init__(self, buffers: StepBuffers, body: Body, output: Tensor, record: Record) -> None:
+        """output: [R, ...], where the recording leaves what the body gives."""
         self.buffers = buffers
         self._body = body
-        self._output: Tensor | None = None
+        self._output = output
         self._slots = np.full(buffers.slots.shape[0], -1, np.int32)  # what the buffer holds
         self._recording = record(self._run)
 
@@ -59,22 +60,30 @@ class DecodeGraph:
     def replay(self) -> Tensor:
         """What the body gave for the buffers as they are now; overwritten by the next replay of any size."""
         self._recording.replay()
-        assert self._output is not None
         return self._output
 
     def _run(self) -> None:
-        self._output = self._body(self.buffers)
+        self._output.copy_(self._body(self.buffers))
 
 
 class DecodeGraphs:
     """All recordings of one rank. `make_buffers` gives buffers for a number of rows, none of which are there yet."""
 
     def __init__(
-        self, sizes: list[int], make_buffers: Callable[[int], StepBuffers], body: Body, record: Record
+        self,
+        sizes: list[int],
+        make_buffers: Callable[[int], StepBuffers],
+        body: Body,
+        output: Tensor,
+        record: Record,
     ) -> None:
-        """The largest is recorded first: the others find room in its memory."""
+        """output: [the largest size, ...], all recordings' own. What a body gives is copied there: kept as it is, it
+        would take memory of its own in every recording, which for logits is more than all the rest together.
+
+        The largest is recorded first: the others find room in its memory.
+        """
         self._sizes = sizes
-        self._graphs = {size: DecodeGraph(make_buffers(size), body, record) for size in reversed(sizes)}
+        self._graphs = {size: DecodeGraph(make_buffers(size), body, output[:size], record) for size in reversed(sizes)}
 
     def fitting(self, num_rows: int) -> DecodeGraph | None:
         """The smallest that holds so many rows."""

@@ -43,20 +43,22 @@ class DeviceSteps:
         self._sampler = sampler
         self._scorer = scorer
         self._feedback = feedback
-        self._hidden: Tensor | None = None
+        hidden = None
         if not mesh.is_first_stage:
             shape = (limits.max_num_batched_tokens, stage.hidden.size)
-            self._hidden = torch.zeros(shape, dtype=stage.hidden.dtype, device=mesh.device)
+            hidden = torch.zeros(shape, dtype=stage.hidden.dtype, device=mesh.device)
         num_rows = min(limits.max_num_batched_tokens, limits.max_num_slots)
         self._buffers = StepBuffers.empty(
-            limits.max_num_batched_tokens, num_rows, limits.max_blocks_per_seq, self._hidden, mesh.device
+            limits.max_num_batched_tokens, num_rows, limits.max_blocks_per_seq, hidden, mesh.device
         )
         self._graphs: DecodeGraphs | None = None
         if record is not None:
             with torch.inference_mode():
-                self._graphs = DecodeGraphs(
-                    graph_sizes(limits.max_num_seqs), self._decode_buffers, self._decode, record
-                )
+                sizes, out = graph_sizes(limits.max_num_seqs), (stage.hidden.size, stage.hidden.dtype)
+                if mesh.is_last_stage:
+                    out = (limits.vocab_size, torch.float32)
+                output = torch.zeros(sizes[-1], out[0], dtype=out[1], device=mesh.device)
+                self._graphs = DecodeGraphs(sizes, self._buffers.for_decode, self._decode, output, record)
 
     def prepare(self) -> None:
         """Brings the device's columns up to date with the plan that was just applied; before every step."""
@@ -84,10 +86,6 @@ class DeviceSteps:
         elif not mesh.is_first_stage:
             out = out.clone()  # it lies in the buffer for hidden states, which is the next step's
         return self._finish(lane, rows, buffers, out, records)
-
-    def _decode_buffers(self, num_rows: int) -> StepBuffers:
-        stage = self._stage
-        return StepBuffers.for_decode(num_rows, stage.limits.max_blocks_per_seq, self._hidden, stage.mesh.device)
 
     def _decode(self, buffers: StepBuffers) -> Tensor:
         """What is recorded: from slots to logits [R, vocab] on the last stage, to hidden states [R, hidden] before."""

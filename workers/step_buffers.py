@@ -30,12 +30,14 @@ class StepBuffers:
             hidden=None if hidden is None else hidden[:num_tokens],
         )
 
-    @classmethod
-    def for_decode(cls, num_rows: int, max_blocks: int, hidden: Tensor | None, device: torch.device) -> "StepBuffers":
-        """One token each; row r is token r, whether it is there or not."""
-        buffers = cls.empty(num_rows, num_rows, max_blocks, hidden, device)
-        torch.arange(num_rows + 1, dtype=torch.int32, device=device, out=buffers.query_start)
-        return buffers
+    def for_decode(self, num_rows: int) -> "StepBuffers":
+        """One token each; row r is token r, whether it is there or not. Who the rows are is the new buffers' own, all
+        the rest is this memory: it is filled anew in every step."""
+        device = self.slots.device
+        part = self.first(num_rows, num_rows, self.inputs.block_tables.shape[1])
+        part.slots = torch.full((num_rows,), -1, dtype=torch.int32, device=device)
+        part.query_start = torch.arange(num_rows + 1, dtype=torch.int32, device=device)
+        return part
 
     def first(self, num_tokens: int, num_rows: int, num_blocks: int) -> "StepBuffers":
         """The same memory as a smaller step."""
