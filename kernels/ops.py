@@ -257,7 +257,8 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     return memory.zeros(shape, dtype) if device.type == "cpu" else torch.zeros(shape, dtype=dtype, device=device)
 
 
-def warm_up(dtype: torch.dtype, device: torch.device) -> None:
-    """Compiles every kernel a model of this dtype runs, so that no request waits for it. Sizes are run-time values."""
+def warm_up(dtype: torch.dtype, kv_dtype: torch.dtype, device: torch.device) -> None:
+    """Compiles every kernel a model of this dtype with such pages runs, so that no request waits for it. Sizes are
+    run-time values."""
     if device.type == "cpu":
-        _cpu().warm_up(dtype, uses_cpu_decoder(dtype, device))
+        _cpu().warm_up(dtype, uses_cpu_decoder(kv_dtype, device))

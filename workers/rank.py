@@ -67,7 +67,7 @@ class LoadedRank:
     def start(self, num_blocks: int) -> Runner:
         """Allocates the KV blocks and runs the model once in each shape of step. Every rank calls it. Raises
         CapacityError."""
-        ops.warm_up(self.dtype, self.mesh.device)
+        ops.warm_up(self.dtype, self.model.format.kv_dtype, self.mesh.device)
         with _during(self.gpu_memory, f"allocating {num_blocks} KV blocks and getting ready for steps on them"):
             runner = assemble(self.config, self.model, num_blocks)
             run_small_steps(runner, self.config, max_model_len(self.config, self.spec))

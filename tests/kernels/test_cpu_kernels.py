@@ -191,7 +191,7 @@ def test_argmax(size: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_warm_up_leaves_nothing_to_compile(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "uses_cpu_decoder", lambda *_: False)
-    ops.warm_up(dtype, torch.device("cpu"))
+    ops.warm_up(dtype, dtype, torch.device("cpu"))
     kernels = [
         rms_norm_cpu._norm_rows,
         rms_norm_cpu._norm_parallel,
