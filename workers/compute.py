@@ -3,10 +3,12 @@
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import TypeVar
 
 T = TypeVar("T")
+
+IDLE_S = 0.02  # without a job, before other work is done: longer than the gaps between the steps of a busy worker
 
 
 class ComputeThread:
@@ -18,6 +20,7 @@ class ComputeThread:
 
     def __init__(self) -> None:
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._idle_work: Callable[[], bool] | None = None
         self._thread = threading.Thread(target=self._work, name="compute", daemon=True)
         self._thread.start()
 
@@ -38,10 +41,26 @@ class ComputeThread:
         self.post(run)
         return future.result()
 
+    def when_idle(self, work: Callable[[], bool]) -> None:
+        """Calls `work`, a few milliseconds of it at most, while there are no jobs; when it returns False, not before
+        the next job is done."""
+        self.post(lambda: setattr(self, "_idle_work", work))
+
     def stop(self) -> None:
         """Ends the thread after the jobs it has."""
         self._jobs.put(None)
 
     def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
+        while (job := self._next_job()) is not None:
             job()
+
+    def _next_job(self) -> Callable[[], None] | None:
+        wait_s = IDLE_S
+        while self._idle_work is not None:
+            try:
+                return self._jobs.get(timeout=wait_s)
+            except Empty:
+                wait_s = 0.0
+                if not self._idle_work():
+                    break
+        return self._jobs.get()

@@ -10,6 +10,7 @@ from manta.workers.device_slots import DeviceSlots
 from manta.workers.device_steps import DeviceSteps
 from manta.workers.feedback import Feedback
 from manta.workers.host_steps import HostSteps
+from manta.workers.pages_ahead import PagesAhead
 from manta.workers.records import NOTHING, StepOutput, encode
 from manta.workers.sampler import Sampler
 from manta.workers.sampling_table import SamplingTable
@@ -55,6 +56,7 @@ class Runner:
         mesh, limits = stage.mesh, stage.limits
         self._mesh = mesh
         self._copies = BlockCopies(stage.kv_cache)
+        self._pages = PagesAhead(stage.kv_cache) if mesh.device.type == "cpu" else None
         changes = SlotChanges() if on_device else None
         if on_device:
             tokens = TokenTable(mesh.device, limits.max_num_slots, limits.max_model_len)
@@ -84,6 +86,10 @@ class Runner:
         self._feedback.drain()
         self._slots.clear()
 
+    def use_idle_time(self) -> bool:
+        """Does a few milliseconds of work that later steps need not do; False if there is none."""
+        return self._pages is not None and self._pages.advance()
+
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> Step:
         """Applies the plan and computes its rows. Raises PlanError, or what the model or the mesh raises; the ranks
@@ -92,6 +98,8 @@ class Runner:
         with self._clock.waiting():
             self._feedback.receive_for(plan)
         rows = self._slots.apply(plan)
+        if self._pages is not None:
+            self._pages.note(plan)
         self._copies.apply(plan)
         self._steps.prepare()
         output = self._steps.compute(plan.lane, rows) if rows.slots.size else NOTHING

@@ -144,6 +144,7 @@ class WorkerService(WorkerServicer):
         if self._runner is not None:
             raise OrderError("Start came a second time; a worker starts once")
         self._runner = self._loaded.start(num_blocks)
+        self._compute.when_idle(self._runner.use_idle_time)
 
     def _read(self, runner: "Runner", plans: Iterator[pb.StepPlan], answers: Answers) -> None:
         """Queues the stream's plans as they come, and the end of its answers behind them."""
