@@ -21,6 +21,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ class Resources:
     registers: int  # per thread
     stack_bytes: int
     shared_bytes: int  # per block
+    matrix_instructions: str = ""  # the kinds it has, by their names in PTX
 
     @property
     def blocks_per_sm(self) -> int:
@@ -71,6 +73,7 @@ def families() -> list[str]:
     return sorted(path.stem.removeprefix("launches_") for path in FOLDER.glob("launches_*.py"))
 
 
+@lru_cache
 def resources_of(family: str, *, with_more: bool = False) -> list[Resources]:
     """Compiles every launch of the family, in a process without the interpreter and with an empty cache."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -132,6 +135,10 @@ def _registers_and_stack(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+def _matrix_instructions(ptx: str) -> str:
+    return " ".join(sorted(set(re.findall(r"(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)[\w.:]*", ptx))))
+
+
 def compiled(family: str, with_more: bool) -> Iterator[Resources]:
     """The resources of each kernel of each launch of the family; every different kernel once per launch."""
     assert os.environ.get("TRITON_INTERPRET") != "1", "interpreted kernels cannot be compiled: unset TRITON_INTERPRET"
@@ -147,9 +154,9 @@ def compiled(family: str, with_more: bool) -> Iterator[Resources]:
             for kernel, args, kwargs in calls:
                 result = _compile(kernel, args, kwargs, capability)
                 registers, stack_bytes = _registers_and_stack(result.asm["cubin"])
-                data = result.metadata
+                data, matrix = result.metadata, _matrix_instructions(result.asm["ptx"])
                 yield Resources(family, name, kernel.__name__, capability, data.num_warps, data.num_stages,
-                                registers, stack_bytes, data.shared)  # fmt: skip
+                                registers, stack_bytes, data.shared, matrix)  # fmt: skip
 
 
 if __name__ == "__main__":

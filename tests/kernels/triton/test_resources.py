@@ -17,6 +17,17 @@ def test_no_spills_and_shared_memory_within_limits(family: str) -> None:
     assert not problems, "\n".join(problems)
 
 
+def test_products_of_few_and_of_many_rows_take_the_same_matrix_instructions() -> None:
+    """So that rows have the same bits, whichever of the two forms is launched: see `matmul_triton`."""
+    found = [item for item in aot.resources_of("matmul") if item.kernel == "_product_kernel"]
+    for capability in aot.NUM_SMS:
+        for kind in ("", "fp8 ") if capability >= 90 else ("",):
+            names = {f"{kind}14336 -> 4096, {rows} rows" for rows in (8, 8192)}
+            forms = [item for item in found if item.launch in names and item.capability == capability]
+            assert len(forms) == 2
+            assert forms[0].matrix_instructions == forms[1].matrix_instructions != "", forms
+
+
 def test_what_is_a_problem() -> None:
     fine = aot.Resources("f", "l", "k", 80, 4, 3, 255, 0, 163 * 1024)
     assert not fine.problems()
