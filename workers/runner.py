@@ -14,7 +14,7 @@ from manta.workers.pages_ahead import PagesAhead
 from manta.workers.records import NOTHING, StepOutput, encode
 from manta.workers.sampler import Sampler
 from manta.workers.sampling_table import SamplingTable
-from manta.workers.scorer import Scorer
+from manta.workers.scorer import MAX_HOST_ROWS, Scorer
 from manta.workers.slot_table import SlotChanges, SlotTable
 from manta.workers.stage import Stage
 from manta.workers.token_table import TokenTable
@@ -67,7 +67,8 @@ class Runner:
         self._feedback = Feedback(mesh, tokens)
         self._clock = make_clock(mesh.device)
         sampler = Sampler(sampling, tokens)
-        scorer = Scorer(sampling, tokens, limits.max_num_seqs, self.is_output_rank)
+        max_scored_rows = limits.max_num_seqs if on_device else MAX_HOST_ROWS
+        scorer = Scorer(sampling, tokens, max_scored_rows, self.is_output_rank)
         self._steps: HostSteps | DeviceSteps
         if changes is None:
             self._steps = HostSteps(stage, self._slots, tokens, sampler, scorer, self._feedback, self._clock)

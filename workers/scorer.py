@@ -18,7 +18,7 @@ from manta.workers.token_table import TokenTable
 from manta.workers.transfer import upload
 
 MAX_SCORED_ROWS = 256  # rows of logits at a time, whatever the prompt: 128 MiB of a vocabulary of 131,072
-MAX_CPU_ROWS = 96  # on a CPU, where more are no faster
+MAX_HOST_ROWS = 96  # where the host computes, for which more are no faster
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,16 +33,13 @@ class PromptTokens:
 
 
 class Scorer:
-    """Reads what slots ask for from the table. `max_num_seqs`: rows of logits that a GPU has memory for.
-    `is_output_rank`: whether anybody hears of it; the other ranks of the stage take part in computing logits, no more.
-    """
+    """Reads what slots ask for from the table. `max_rows`: of logits at a time. `is_output_rank`: whether anybody hears
+    of it; the other ranks of the stage take part in computing logits, no more."""
 
-    def __init__(
-        self, table: SamplingTable, tokens: TokenTable, max_num_seqs: int = MAX_SCORED_ROWS, is_output_rank: bool = True
-    ) -> None:
+    def __init__(self, table: SamplingTable, tokens: TokenTable, max_rows: int, is_output_rank: bool = True) -> None:
         self._table = table
         self._tokens = tokens
-        self._max_rows = min(MAX_CPU_ROWS if tokens.ids.is_cpu else max_num_seqs, MAX_SCORED_ROWS)
+        self._max_rows = min(max_rows, MAX_SCORED_ROWS)
         self._is_output_rank = is_output_rank
 
     def prompt_tokens(self, rows: Rows) -> PromptTokens | None:
