@@ -48,8 +48,11 @@ class Clock:
         yield
         self._waited_ns += perf_counter_ns() - since_ns
 
+    def launches(self) -> None:
+        """The plan is applied, and the device is given the step's work."""
+
     def end(self) -> Reading:
-        """The step is over."""
+        """The step is over; everything that its reading is to wait for has been launched."""
         previous_end_ns, self._end_ns = self._end_ns, perf_counter_ns()
         idle_ns = self._begin_ns - previous_end_ns + self._waited_ns
         device_ns = self._end_ns - self._begin_ns - self._waited_ns
@@ -57,18 +60,25 @@ class Clock:
 
 
 class CudaClock(Clock):
-    """The same by the GPU's own clock. A wait for another rank is part of the stream's work and counts as such."""
+    """The same by the GPU's own clock. A wait for another rank is part of the stream's work and counts as such.
+
+    A step begins when the device reaches its first launches, not when the host takes up its plan: a device that waits
+    for the host to apply a plan is idle. What the plan itself sends there, a few small copies, counts as idle, too.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self._begin = self._end = self._event()
 
     def begin(self) -> None:
-        self._begin = self._event()
+        pass
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
         yield
+
+    def launches(self) -> None:
+        self._begin = self._event()
 
     def end(self) -> Reading:
         previous_end, self._end = self._end, self._event()

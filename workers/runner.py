@@ -1,6 +1,9 @@
 """Runs steps: the plan, the slots, the layers, the tokens, in this order."""
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from manta.protos.worker_pb2 import StepPlan
 from manta.workers.block_copy import BlockCopies
@@ -11,7 +14,7 @@ from manta.workers.device_steps import DeviceSteps
 from manta.workers.feedback import Feedback
 from manta.workers.host_steps import HostSteps
 from manta.workers.pages_ahead import PagesAhead
-from manta.workers.records import NOTHING, StepOutput, encode
+from manta.workers.records import NOTHING, Records, encode
 from manta.workers.sampler import Sampler
 from manta.workers.sampling_table import SamplingTable
 from manta.workers.scorer import MAX_HOST_ROWS, Scorer
@@ -24,9 +27,10 @@ from manta.workers.transfer import download
 class Step:
     """One step on its way through the device. `tokens`, `logprobs` and `time` wait for it, on any thread."""
 
-    def __init__(self, output: StepOutput, reading: Reading) -> None:
-        self._tokens = None if output.tokens is None else download(output.tokens)
-        self._records = output.records
+    def __init__(self, tokens: Tensor | None, records: Sequence[Records], reading: Reading) -> None:
+        """tokens: int64 [N], in host memory when the reading's wait is over, as the records are."""
+        self._tokens = tokens
+        self._records = records
         self._reading = reading
 
     def time(self) -> StepTime:
@@ -103,5 +107,8 @@ class Runner:
             self._pages.note(plan)
         self._copies.apply(plan)
         self._steps.prepare()
+        self._clock.launches()
         output = self._steps.compute(plan.lane, rows) if rows.slots.size else NOTHING
-        return Step(output, self._clock.end())
+        # Before the step's end is marked: whoever waits for that reads the tokens.
+        tokens = None if output.tokens is None else download(output.tokens)
+        return Step(tokens, output.records, self._clock.end())
