@@ -25,7 +25,7 @@ class Recording(Protocol):
     def replay(self) -> None: ...
 
 
-Record = Callable[[Callable[[], None]], Recording]
+Record = Callable[[Callable[[], object]], Recording]
 
 
 def graph_sizes(max_num_seqs: int) -> list[int]:
@@ -44,10 +44,10 @@ class DecodeGraph:
     def __init__(self, buffers: StepBuffers, body: Body, output: Tensor, record: Record) -> None:
         """output: [R, ...], where the recording leaves what the body gives."""
         self.buffers = buffers
-        self._body = body
         self._output = output
         self._slots = np.full(buffers.slots.shape[0], -1, np.int32)  # what the buffer holds
-        self._recording = record(self._run)
+        # The body, which is the owner's, is not kept: a cycle would hold the cache until the next full collection.
+        self._recording = record(lambda: output.copy_(body(buffers)))
 
     def set_slots(self, slots: Ints) -> None:
         """Who decodes: int64 [at most R]. As long as these are the same nothing is sent."""
@@ -61,9 +61,6 @@ class DecodeGraph:
         """What the body gave for the buffers as they are now; overwritten by the next replay of any size."""
         self._recording.replay()
         return self._output
-
-    def _run(self) -> None:
-        self._output.copy_(self._body(self.buffers))
 
 
 class DecodeGraphs:
@@ -92,20 +89,21 @@ class DecodeGraphs:
 
 
 class CudaRecorder:
-    """Records CUDA graphs that share one pool of memory: they never run at the same time."""
+    """Records CUDA graphs that share one pool of memory: they never run at the same time. And one stream: libraries keep
+    memory for every stream they have seen, cuBLAS some 32 MiB."""
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
-    def __call__(self, run: Callable[[], None]) -> Recording:
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # libraries choose their algorithms and take their memory outside the graph
+    def __call__(self, run: Callable[[], object]) -> Recording:
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):  # libraries choose their algorithms and take their memory before
             for _ in range(2):
                 run()
-        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
         # Only this thread's mistakes spoil the recording: NCCL's own thread may ask for events meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             run()
         return graph

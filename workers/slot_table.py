@@ -78,6 +78,8 @@ class SlotTable:
 
     def clear(self) -> None:
         """Frees every slot."""
+        if self._changes is not None:
+            self._changes.take()  # those of a plan that could not be followed
         self._sampling.clear()
         self.in_use = np.zeros(16, np.bool_)
         self.decoding = np.zeros(16, np.bool_)

@@ -23,14 +23,14 @@ class Recorder:
     def __init__(self) -> None:
         self.num_recorded = self.num_replayed = 0
 
-    def __call__(self, run: Callable[[], None]) -> "_Recording":
+    def __call__(self, run: Callable[[], object]) -> "_Recording":
         self.num_recorded += 1
         run()  # as a warm-up does: nothing is there yet, so nothing may change
         return _Recording(self, run)
 
 
 class _Recording:
-    def __init__(self, recorder: Recorder, run: Callable[[], None]) -> None:
+    def __init__(self, recorder: Recorder, run: Callable[[], object]) -> None:
         self._recorder = recorder
         self._run = run
 

@@ -1,5 +1,8 @@
 """A runner whose device builds its own inputs gives the tokens of one whose host does, recorded or not."""
 
+import gc
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from manta.workers.loader import load_model
 from manta.workers.mesh import Mesh
 from manta.workers.models.decoder import CausalLM
 from manta.workers.runner import Runner
+from manta.workers.transfer import download
 from tests.support.checkpoints import make_checkpoint
 from tests.support.gpu_like import BLOCK_SIZE, Recorder, gpu_like_runner, use_plain_torch
 from tests.support.plans import Driver
@@ -78,6 +82,50 @@ def test_a_new_epoch_starts_from_nothing(model: CausalLM) -> None:
     first = serve(runner, model.spec.vocab_size)
     runner.clear()
     assert serve(runner, model.spec.vocab_size) == first
+
+
+def test_what_a_step_tells_is_on_its_way_before_its_end_is_marked(
+    model: CausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever waits for the end reads it."""
+    runner, events = gpu_like_runner(model, on_device=True), []
+
+    def noted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            events.append(name)
+            return function(*args)
+
+        return call
+
+    for module in ("runner", "records"):
+        name = f"manta.workers.{module}.download"
+        monkeypatch.setattr(name, noted("download", download))
+    monkeypatch.setattr(runner._clock, "end", noted("end", runner._clock.end))
+    driver = Driver(BLOCK_SIZE)
+    driver.add(0, [1, 2, 3], 4, sampling=Sampling(num_logprobs=2, top_p=1.0, repetition_penalty=1.0))
+    step = runner.run(driver.plan([(0, 3)]))
+    assert events == ["download"] * 5 + ["end"], "tokens and four columns of log-probabilities"
+    assert len(step.tokens()) == 4
+    assert len(step.logprobs()) == 24
+
+
+def test_a_runner_that_is_let_go_of_is_gone(model: CausalLM) -> None:
+    """Its cache may be most of a GPU, and what lives at start is hidden from the collector."""
+
+    class Recorded:
+        def replay(self) -> None: ...
+
+    runner = gpu_like_runner(model, on_device=True, record=lambda run: (run(), Recorded())[1])
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        steps = weakref.ref(runner._steps)
+        del runner
+        assert steps() is None
+    finally:
+        gc.enable()
+        gc.unfreeze()
 
 
 @pytest.mark.parametrize("max_num_seqs", [1, 3, 8, 100, 256, 5000])

@@ -12,7 +12,7 @@ from manta.protos.worker_pb2 import StepPlan
 from manta.workers.columns import PlanError
 from manta.workers.limits import Limits
 from manta.workers.sampling_table import SamplingTable
-from manta.workers.slot_table import Rows, SlotTable
+from manta.workers.slot_table import Rows, SlotChanges, SlotTable
 from manta.workers.token_table import TokenTable
 from tests.support.plans import seq_add, step_plan
 
@@ -221,3 +221,15 @@ def test_clear_frees_every_slot() -> None:
     assert not table.in_use.any()
     rows = table.apply(step_plan(1, adds=[seq_add(3, [1], blocks=[0], max_length=3)], prefill=[(3, 1)]))
     assert rows.slots.tolist() == [3]
+
+
+def test_a_new_epoch_hears_nothing_of_a_plan_that_could_not_be_followed() -> None:
+    """Two lengths of one slot in one copy to the device would leave either."""
+    changes = SlotChanges()
+    table = SlotTable(LIMITS, TokenTable(torch.device("cpu")), SamplingTable(LIMITS.vocab_size), changes)
+    with pytest.raises(PlanError, match="not in use"):
+        table.apply(step_plan(1, adds=[seq_add(0, [1] * 9, blocks=[5, 6, 7], max_length=12)], grow=[(3, 1)]))
+    table.clear()
+    table.apply(step_plan(1, adds=[seq_add(0, [1, 2], blocks=[8], max_length=9)], prefill=[(0, 2)]))
+    assert changes.added == [(0, 2, 0)]
+    assert [[column.tolist() for column in part] for part in changes.blocks] == [[[0], [0], [8]]]
