@@ -20,6 +20,7 @@ from manta.cluster.doors.openai_call import (
 from manta.cluster.doors.output import Delta
 from manta.cluster.doors.service import Service
 from manta.cluster.doors.validate import Ask, Resolved, check_bool
+from manta.cluster.engine.logprobs import Records
 
 
 class Completions:
@@ -87,10 +88,12 @@ class _CompletionForm:
         self._names = names
         self._num_logprobs = resolved.requests[0].sampling.logprobs
         self._new = set(range(len(resolved.requests)))
+        self._prompt_logprobs: dict[int, Records] = {}  # by prompt; the first completion brings them
 
     def choice(self, index: int, one: Completed, num_prompt_logprobs: int | None) -> dict[str, Any]:
         """A whole completion; num_prompt_logprobs: as the client asked."""
         prompt = self._resolved.prompts[index // self._resolved.n]
+        self._note_prompt(index, one)
         choice = {
             "index": index,
             "text": self._prefix(index) + one.text,
@@ -100,15 +103,15 @@ class _CompletionForm:
         }
         if self._options.return_token_ids:
             choice |= {"prompt_token_ids": prompt, "token_ids": one.token_ids}
-        if num_prompt_logprobs is not None and one.prompt_logprobs is not None:
-            choice["prompt_logprobs"] = prompt_logprobs(
-                prompt, one.prompt_logprobs, self._names.tokenizer, num_prompt_logprobs
-            )
+        records = self._prompt_logprobs.get(index // self._resolved.n)
+        if num_prompt_logprobs is not None and records is not None:
+            choice["prompt_logprobs"] = prompt_logprobs(prompt, records, self._names.tokenizer, num_prompt_logprobs)
         return choice
 
     def choices(self, index: int, delta: Delta) -> list[bytes]:
         is_first = index in self._new
         self._new.discard(index)
+        self._note_prompt(index, delta)
         text = self._prefix(index) + delta.text if is_first else delta.text
         tells_tokens = self._options.return_token_ids or (delta.logprobs is not None and delta.token_ids)
         if not text and delta.finish_reason is None and not tells_tokens:
@@ -121,6 +124,10 @@ class _CompletionForm:
                 end += b',"prompt_token_ids":' + orjson.dumps(self._resolved.prompts[index // self._resolved.n])
         return [b'"index":%d,"text":%b%b' % (index, orjson.dumps(text), end)]
 
+    def _note_prompt(self, index: int, new: Completed | Delta) -> None:
+        if new.prompt_logprobs is not None:
+            self._prompt_logprobs[index // self._resolved.n] = new.prompt_logprobs
+
     def _prefix(self, index: int) -> str:
         return self._prefixes[index // self._resolved.n] if self._prefixes is not None else ""
 
@@ -128,8 +135,9 @@ class _CompletionForm:
         if self._num_logprobs is None:
             return None
         written = CompletionLogprobs(self._names, self._num_logprobs)
-        if is_first and self._prefixes is not None and new.prompt_logprobs is not None:
-            written.add_prompt(self._resolved.prompts[index // self._resolved.n], new.prompt_logprobs)
+        records = self._prompt_logprobs.get(index // self._resolved.n)
+        if is_first and self._prefixes is not None and records is not None:
+            written.add_prompt(self._resolved.prompts[index // self._resolved.n], records)
         if new.logprobs is not None:
             written.add(new.token_ids, new.offsets, new.logprobs, len(self._prefix(index)))
         return written.lists

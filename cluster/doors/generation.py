@@ -12,7 +12,8 @@ from manta.cluster.doors.validate import Resolved
 from manta.cluster.engine.client import Client, EngineError, TokenChunk
 
 # From so many prompt tokens on, completions 1 to n-1 of a prompt start when completion 0 has its first token: they find
-# the prompt in the prefix cache instead of all computing it side by side. It costs them one step.
+# the prompt in the prefix cache instead of all computing it side by side. It costs them one step. Where the prompt's
+# log-probabilities are asked for, which come with completion 0, the others wait for them however short it is.
 SHARED_PROMPT_TOKENS = 64
 
 IndexedDelta = tuple[int, Delta]  # the number of the completion within the call, and what is new of it
@@ -49,7 +50,8 @@ class Call:
         request = self._resolved.requests[index]
         prompt_index, completion = divmod(index, self._resolved.n)
         prompt = self._resolved.prompts[prompt_index]
-        if completion > 0 and len(prompt) >= SHARED_PROMPT_TOKENS:
+        asks_about_prompt = self._resolved.requests[index - completion].sampling.prompt_logprobs is not None
+        if completion > 0 and (asks_about_prompt or len(prompt) >= SHARED_PROMPT_TOKENS):
             await self._prompt_computed[prompt_index].wait()
         output = OutputText(self._tokenizer, request.sampling, prompt)
         stream = cast(AsyncGenerator[TokenChunk, None], self._client.generate(request))

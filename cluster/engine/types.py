@@ -72,7 +72,7 @@ def resolve_sampling(
     """One SamplingParams per completion (`n`), each with n=1, max_tokens and its own seed.
 
     max_tokens None becomes what the context still holds. Completion i draws with seed + i; without a seed in
-    `sampling` the first is `seed`, or random.
+    `sampling` the first is `seed`, or random. The first one alone asks about the prompt.
     """
     first = sampling.seed if sampling.seed is not None else seed
     if first is None:
@@ -80,8 +80,12 @@ def resolve_sampling(
     max_tokens = sampling.max_tokens
     if max_tokens is None:
         max_tokens = max(max_model_len - num_prompt_tokens, 1)
-    update = {"n": 1, "max_tokens": max_tokens}
-    return [sampling.model_copy(update=update | {"seed": (first + i) % 2**64}) for i in range(sampling.n)]
+    update: dict[str, int | None] = {"n": 1, "max_tokens": max_tokens}
+    resolved = []
+    for i in range(sampling.n):
+        resolved.append(sampling.model_copy(update=update | {"seed": (first + i) % 2**64}))
+        update["prompt_logprobs"] = None
+    return resolved
 
 
 def num_prompt_tokens_kept(sampling: SamplingParams, max_model_len: int) -> int | None:

@@ -101,13 +101,23 @@ def test_echo_as_evaluation_harnesses_read_it(
     assert choice.logprobs.text_offset == begins
 
 
-def test_several_prompts_with_several_completions_each(sdk: openai.OpenAI, reply: list[int]) -> None:
-    answer = sdk.completions.create(
-        model="tiny", prompt=[[9, 10, 11], [12]], n=2, max_tokens=2, logprobs=0, echo=True, temperature=0
-    )
+def test_several_prompts_with_several_completions_each(
+    sdk: openai.OpenAI, reply: list[int], engine: FakeClient
+) -> None:
+    asked: dict[str, Any] = {
+        "model": "tiny", "prompt": [[9, 10, 11], [12]], "n": 2, "max_tokens": 2, "logprobs": 0, "echo": True,
+    }  # fmt: skip
+    answer = sdk.completions.create(**asked)
     got = [choice.logprobs.token_logprobs for choice in answer.choices if choice.logprobs is not None]
     said = [-token / 8 for token in reply[:2]]
     assert got == [[None, -1.25, -1.375, *said]] * 2 + [[None, *said]] * 2
+    assert [one.sampling.prompt_logprobs for one in engine.submitted].count(0) == 2, "a prompt is scored once"
+    streamed: dict[int, list[float | None]] = {index: [] for index in range(4)}
+    for chunk in sdk.completions.create(**asked, stream=True):
+        (choice,) = chunk.choices
+        assert choice.logprobs is not None
+        streamed[choice.index] += choice.logprobs.token_logprobs or []
+    assert list(streamed.values()) == got
 
 
 @pytest.mark.parametrize("num_best", [None, 2])
