@@ -54,8 +54,8 @@ class DecodeGraph:
         now = np.full_like(self._slots, -1)
         now[: slots.size] = slots
         if not np.array_equal(now, self._slots):
-            self._slots = now
             self.buffers.slots.copy_(upload([now], self.buffers.slots.device)[0])
+            self._slots = now
 
     def replay(self) -> Tensor:
         """What the body gave for the buffers as they are now; overwritten by the next replay of any size."""
@@ -89,8 +89,8 @@ class DecodeGraphs:
 
 
 class CudaRecorder:
-    """Records CUDA graphs that share one pool of memory: they never run at the same time. And one stream: libraries keep
-    memory for every stream they have seen, cuBLAS some 32 MiB."""
+    """Records CUDA graphs that share one pool of memory: they never run at the same time. They share one stream, too:
+    libraries keep memory for every stream they have seen, cuBLAS some 32 MiB."""
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()

@@ -1,5 +1,6 @@
 """Steps of made-up tokens: such as no other takes more memory than, and small ones before the first request, so that it
-does not pay for compilation. Plans that every rank of the replica runs; they use nothing but the cache's first block.
+does not pay for compilation. Plans that every rank of the replica runs; they use nothing but the cache's first block,
+which small ones copy to the second.
 """
 
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from manta.workers.runner import Runner
 WARMUP_PREFILL_TOKENS = 32
 WARMUP_ROWS = 4
 SMALL_STEPS = 4
+LONG_STEPS = 3
 FEW_TOKENS = 64  # so few queries upon a long context that attention splits its keys into the most parts
 EVERY_FILTER = Sampling(
     temperature=1.0, top_k=50, top_p=0.9, min_p=0.01, repetition_penalty=1.1, presence_penalty=0.1, seed=1
@@ -24,12 +26,13 @@ WITH_LOGPROBS.MergeFrom(EVERY_FILTER)
 
 def run_largest_steps(runner: Runner, config: ServeConfig, max_model_len: int) -> None:
     """As many tokens as a step may have, in as many rows as may sample, and upon the longest context; then few tokens
-    upon the longest context. Everything is asked for that takes memory."""
+    upon the longest context, which attention splits: of a prompt, of a row that decodes beside a prompt, and of one
+    that decodes alone. Everything is asked for that takes memory."""
     _run(runner, _largest_plans(config, max_model_len))
 
 
 def run_small_steps(runner: Runner, config: ServeConfig, max_model_len: int) -> None:
-    """A short prefill, one beside decodes, a decode of several rows and one of a single row."""
+    """A short prefill and a copied block, a prefill beside decodes, a decode of several rows and one of a single row."""
     _run(runner, _small_plans(config, max_model_len))
 
 
@@ -54,6 +57,13 @@ def _largest_plans(config: ServeConfig, max_model_len: int) -> Iterator[StepPlan
         chunk = min(most, config.max_num_batched_tokens, longest)
         frees = range(len(lengths)) if step == 2 else range(1)
         yield _plan(step, [_add(config, 0, longest, longest - chunk)], [chunk], frees)
+    length = max_model_len - LONG_STEPS
+    if length < 1 or len(lengths) < 2:
+        return
+    yield _plan(4, [_add(config, 0, length, length - 1, num_new=LONG_STEPS)], [1], range(1))
+    beside = min(FEW_TOKENS, config.max_num_batched_tokens - 1, longest)
+    yield _plan(5, [_add(config, 1, beside, 0)], [beside])
+    yield StepPlan(step=6)
 
 
 def _small_plans(config: ServeConfig, max_model_len: int) -> Iterator[StepPlan]:
@@ -63,7 +73,9 @@ def _small_plans(config: ServeConfig, max_model_len: int) -> Iterator[StepPlan]:
         return
     adds = [_add(config, slot, length, 0, num_new=SMALL_STEPS, sampling=EVERY_FILTER) for slot in range(rows)]
     first = max(1, rows - 1)
-    yield _plan(1, adds[:first], [length] * first)
+    plan = _plan(1, adds[:first], [length] * first)
+    plan.copies = np.array([0, 1], "<u4").tobytes()
+    yield plan
     if rows > first:
         yield _plan(2, adds[first:], [length])  # beside decodes
     yield StepPlan(step=3)

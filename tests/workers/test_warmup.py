@@ -49,11 +49,13 @@ class Watched:
         return self.model.logits(hidden)
 
 
-def make(model: CausalLM, config: ServeConfig, max_model_len: int, on_device: bool) -> tuple[Watched, Runner]:
+def make(
+    model: CausalLM, config: ServeConfig, max_model_len: int, on_device: bool, num_blocks: int
+) -> tuple[Watched, Runner]:
     watched = Watched(model)
-    cache = allocate_kv_cache(model, 1, config.block_size, torch.float32, CPU)
+    cache = allocate_kv_cache(model, num_blocks, config.block_size, torch.float32, CPU)
     limits = Limits(
-        num_blocks=1, block_size=config.block_size, max_num_seqs=config.max_num_seqs,
+        num_blocks=num_blocks, block_size=config.block_size, max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens, max_model_len=max_model_len,
         vocab_size=model.spec.vocab_size,
     )  # fmt: skip
@@ -75,21 +77,27 @@ def config(max_num_seqs: int, max_num_batched_tokens: int) -> ServeConfig:
 def test_largest_steps(
     model: CausalLM, on_device: bool, max_num_seqs: int, num_tokens: int, max_model_len: int
 ) -> None:
-    watched, runner = make(model, config(max_num_seqs, num_tokens), max_model_len, on_device)
+    watched, runner = make(model, config(max_num_seqs, num_tokens), max_model_len, on_device, num_blocks=1)
     watched.steps.clear(), watched.logits_rows.clear()
     run_largest_steps(runner, config(max_num_seqs, num_tokens), max_model_len)
     longest = max_model_len - 1
     assert max(tokens for tokens, *_ in watched.steps) == min(num_tokens, max_num_seqs * longest)
     assert max(rows for _, _, rows, _ in watched.steps) == max_num_seqs
     assert max_num_seqs <= max(watched.logits_rows) <= (max_num_seqs if on_device else MAX_HOST_ROWS)
-    assert sum(watched.logits_rows) == sum(tokens for tokens, *_ in watched.steps), "every token is asked about"
+    asked = sum(tokens for tokens, *_ in watched.steps)
+    assert sum(watched.logits_rows) == asked, "every token is asked about"
     assert watched.steps[1] == (min(num_tokens, longest), 0, 1, longest)
     assert watched.steps[2] == (min(64, num_tokens, longest), 0, 1, longest)
+    if max_num_seqs > 1 and max_model_len > 3:
+        beside = min(64, num_tokens - 1, longest)
+        long = max_model_len - 3
+        alone = (1, 1, 1, max_model_len if on_device else long + 2)  # recorded for any length
+        assert watched.steps[3:] == [(1, 0, 1, long), (1 + beside, 1, 2, max(long + 1, beside)), alone]
 
 
 @pytest.mark.parametrize("on_device", [False, True])
 def test_small_steps(model: CausalLM, on_device: bool) -> None:
-    watched, runner = make(model, config(5, 64), 60, on_device)
+    watched, runner = make(model, config(5, 64), 60, on_device, num_blocks=2)
     watched.steps.clear()
     run_small_steps(runner, config(5, 64), 60)
     steps = [step[:3] for step in watched.steps]
@@ -98,6 +106,6 @@ def test_small_steps(model: CausalLM, on_device: bool) -> None:
 
 @pytest.mark.parametrize("max_model_len", [1, 2, 4])
 def test_lengths_that_leave_no_room_for_steps(model: CausalLM, max_model_len: int) -> None:
-    _, runner = make(model, config(2, 8), max_model_len, True)
+    _, runner = make(model, config(2, 8), max_model_len, True, num_blocks=2)
     run_small_steps(runner, config(2, 8), max_model_len)
     run_largest_steps(runner, config(2, 8), max_model_len)
