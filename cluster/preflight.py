@@ -8,6 +8,7 @@ from manta.configs.model import ModelError, ModelSpec, read_model_spec
 from manta.configs.schema import ServeConfig
 
 _DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+_PATHS = ("model", "tokenizer", "chat_template", "api_key_file")
 _CONFIG_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
 
 
@@ -36,7 +37,7 @@ def with_absolute_paths(config: ServeConfig) -> ServeConfig:
     """Other processes have other working directories, and not all who read a path know `~`. The name clients use stays
     what the user typed."""
     update = {"served_model_name": config.model_name}
-    for name in ("model", "tokenizer", "chat_template"):
+    for name in _PATHS:
         value = getattr(config, name)
         if value and _exists(value):
             update[name] = str(Path(value).expanduser().resolve())

@@ -1,9 +1,11 @@
 """The configuration of one served model. Flags of `manta serve`, keys of a --config file and keywords of `LLM` are
 these fields; nothing else configures Manta."""
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, model_validator
+
+from manta.configs.api_keys import hash_keys
 
 DTypeChoice = Literal["auto", "bfloat16", "float16", "float32"]
 KVCacheDType = Literal["auto", "fp8", "fp8_e4m3"]
@@ -96,6 +98,20 @@ class ServeConfig(BaseModel):
     api_server_count: int = option(1, "Front end", "frontend processes that share the two ports", ge=1, le=64)
     shutdown_timeout: float = option(
         30.0, "Front end", "seconds that running requests get to finish on shutdown", ge=0.0
+    )
+    # Held as hashes, and never part of the JSON that goes from process to process: see configs.api_keys.
+    api_key: Annotated[tuple[str, ...], BeforeValidator(hash_keys)] = option(
+        (),
+        "Front end",
+        "key that calls must bring, plain or as sha256:HEX; may be repeated; see also MANTA_API_KEY",
+        exclude=True,
+        repr=False,
+    )
+    api_key_file: str | None = option(
+        None, "Front end", "file of such keys, one 'key' or 'tenant:key' a line; read again when it changes"
+    )
+    tenant_cache_isolation: bool = option(
+        True, "Front end", "with API keys: no tenant finds another one's prompts in the prefix cache"
     )
 
     @model_validator(mode="after")

@@ -183,7 +183,7 @@ def _stop_on_interrupt() -> Iterator[asyncio.Event]:
 
 
 def _headers(args: argparse.Namespace) -> dict[str, str]:
-    key = os.environ.get("OPENAI_API_KEY")
+    key = args.api_key or os.environ.get("OPENAI_API_KEY")
     return ({"Authorization": f"Bearer {key}"} if key else {}) | dict(args.header)
 
 

@@ -41,6 +41,7 @@ def _add_server_flags(parser: argparse.ArgumentParser) -> None:
     add_flag(group, "--served-model-name", "name for requests, where it is not --model", metavar="NAME")
     add_flag(group, "--tokenizer", "folder or hub id; the model's if its folder is here", metavar="FOLDER")
     add_flag(group, "--trust-remote-code", "let the tokenizer run code from its folder", action="store_true")
+    add_flag(group, "--api-key", "sent as a bearer token; that of OPENAI_API_KEY if unset", metavar="KEY")
     add_flag(group, "--header", "with every request", [], nargs="*", type=_pair, metavar="KEY=VALUE")
     add_flag(group, "--insecure", "do not check the server's certificate", action="store_true")
     ready = "wait so long for the server to answer"

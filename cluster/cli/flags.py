@@ -131,7 +131,7 @@ _METAVARS = {"int": "N", "float": "X", "str": "TEXT", "ByteSize": "BYTES"}
 
 def _help(field: FieldInfo) -> str:
     text = (field.description or "").replace("%", "%%")
-    if field.is_required() or field.default is None:
+    if field.is_required() or field.default in (None, ()):
         return text
     default = (
         {True: "on", False: "off"}.get(field.default, field.default)
@@ -152,6 +152,8 @@ def _sentence(error: ValidationError) -> str:
         near = difflib.get_close_matches(name, ServeConfig.model_fields, n=1)
         return f"unknown setting {name!r}" + (f"; did you mean {near[0]}?" if near else "")
     flag = "--" + name.replace("_", "-")
+    if not ServeConfig.model_fields[name].repr:  # a secret
+        return f"{flag}: {message}"
     return f"{flag}: {message[:1].lower()}{message[1:]}, not {first['input']!r}"
 
 

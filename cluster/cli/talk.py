@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -42,7 +43,7 @@ def _parser(command: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument("--url", default="http://127.0.0.1:8000/v1", help="server, with its /v1")
     parser.add_argument("--model", help="name of the model; the first the server lists if unset")
     parser.add_argument("-q", "--quick", metavar="TEXT", help="send this one message, print the answer and exit")
-    parser.add_argument("--api-key", default="", help="sent as a bearer token")
+    parser.add_argument("--api-key", default="", help="sent as a bearer token; that of OPENAI_API_KEY if unset")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--max-tokens", type=int, default=256, help="tokens of one answer at most")
     if command == "chat":
@@ -78,11 +79,17 @@ def _show(pieces: Iterator[str]) -> str:
     return text
 
 
+def bearer(key: str | None) -> dict[str, str]:
+    """The header of an API key: the given one, else that of OPENAI_API_KEY, else none."""
+    key = key or os.environ.get("OPENAI_API_KEY", "")
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
 class _Server:
     """One server and the settings every request shares."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        headers = {"Authorization": f"Bearer {args.api_key}"} if args.api_key else {}
+        headers = bearer(args.api_key)
         self._url = args.url.rstrip("/")
         self._client = httpx.Client(headers=headers, timeout=httpx.Timeout(None, connect=_CONNECT_TIMEOUT_S))
         self._settings = {"temperature": args.temperature, "max_tokens": args.max_tokens, "stream": True}

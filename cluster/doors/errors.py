@@ -29,6 +29,7 @@ class Kind(enum.Enum):
 
     # fmt: off
     INVALID = Status(400, "BadRequestError", grpc.StatusCode.INVALID_ARGUMENT)
+    UNAUTHENTICATED = Status(401, "AuthenticationError", grpc.StatusCode.UNAUTHENTICATED)
     NOT_FOUND = Status(404, "NotFoundError", grpc.StatusCode.NOT_FOUND)
     WRONG_METHOD = Status(405, "MethodNotAllowedError", grpc.StatusCode.UNIMPLEMENTED)
     DUPLICATE = Status(409, "ConflictError", grpc.StatusCode.ALREADY_EXISTS)

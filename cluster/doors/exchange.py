@@ -92,6 +92,8 @@ def error_headers(error: RequestError) -> list[tuple[bytes, bytes]]:
     headers = []
     if error.retry_after_s is not None:
         headers.append((b"retry-after", str(max(1, round(error.retry_after_s))).encode()))
+    if error.kind is Kind.UNAUTHENTICATED:
+        headers.append((b"www-authenticate", b"Bearer"))
     if error.kind is Kind.TOO_LARGE:
         headers.append((b"connection", b"close"))  # the rest of the body is not read
     return headers

@@ -4,7 +4,9 @@ import asyncio
 import os
 import random
 import time
+from collections.abc import Sequence
 
+from manta.cluster.doors.api_keys import KeyRing
 from manta.cluster.doors.generation import Running
 from manta.cluster.doors.limits import read_limits
 from manta.cluster.doors.server import DoorServer
@@ -16,13 +18,15 @@ from manta.configs.schema import ServeConfig
 
 
 class Frontend:
-    """Runs in one event loop, as a process of its own or inside a Ray actor. `config_json` is a ServeConfig.
+    """Runs in one event loop, as a process of its own or inside a Ray actor. `config_json` is a ServeConfig, which
+    names no API keys: their hashes come by themselves.
 
     What takes seconds and needs no engine is in `prepare`, which can run while the model loads.
     """
 
-    def __init__(self, config_json: str) -> None:
-        self._config = ServeConfig.model_validate_json(config_json)
+    def __init__(self, config_json: str, key_hashes: Sequence[str] = ()) -> None:
+        config = ServeConfig.model_validate_json(config_json)
+        self._config = config.model_copy(update={"api_key": tuple(key_hashes)}) if key_hashes else config
         self._tokenizer: Tokenizer | None = None
         self._client: Client | None = None
         self._server: DoorServer | None = None
@@ -36,7 +40,7 @@ class Frontend:
         """Connects to the engine at "host:port" and listens; a port of 0 takes a free one. Returns the ports
         {"http": ..., "grpc": ...}.
 
-        Raises TokenizerError, PreflightError, ModelError, PortError or EngineLostError.
+        Raises TokenizerError, PreflightError, ModelError, KeyFileError, PortError or EngineLostError.
         """
         await self.prepare()
         assert self._tokenizer is not None
@@ -59,6 +63,7 @@ class Frontend:
             validator=Validator(limits, tokenizer, seeds),
             running=Running(client, tokenizer),
             started_s=time.time(),
+            keys=KeyRing.of(config),
         )
         self._server = DoorServer(service)
         return await self._server.start()

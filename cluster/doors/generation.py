@@ -5,6 +5,7 @@ import contextlib
 from collections.abc import AsyncGenerator, Iterator
 from typing import cast
 
+from manta.cluster.doors.caller import current_tenant
 from manta.cluster.doors.errors import Kind, RequestError, draining, from_engine
 from manta.cluster.doors.output import Delta, OutputText, without_output
 from manta.cluster.doors.text import Tokenizer
@@ -23,6 +24,7 @@ class Call:
     """One call of a client: one engine request per completion. Built by `Running.call`."""
 
     def __init__(self, client: Client, tokenizer: Tokenizer, resolved: Resolved) -> None:
+        self.tenant = current_tenant()
         self._client = client
         self._tokenizer = tokenizer
         self._resolved = resolved
@@ -158,9 +160,9 @@ class Running:
             raise draining()
 
     def abort(self, request_id: str) -> bool:
-        """False when no such call is running."""
+        """False when no such call is running, or one of another tenant."""
         call = self._calls.get(request_id)
-        if call is None:
+        if call is None or call.tenant != current_tenant():
             return False
         call.abort()
         return True

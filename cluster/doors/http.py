@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from manta.cluster.doors.authentication import HttpKeys
 from manta.cluster.doors.chat import ChatCompletions
 from manta.cluster.doors.completions import Completions
 from manta.cluster.doors.errors import Kind, RequestError, from_engine, internal
@@ -34,6 +35,7 @@ def build_app(service: Service) -> Starlette:
         middleware=[
             Middleware(RequestIds, new_id=lambda: uuid.uuid4().hex),
             Middleware(CORSMiddleware, allow_origins=["*"], allow_methods=["*"], allow_headers=["*"]),
+            Middleware(HttpKeys, keys=service.keys),
         ],
         exception_handlers={
             RequestError: _on_request_error,

@@ -9,18 +9,21 @@ finish; the end of the parent does not.
 import argparse
 import asyncio
 import logging
+import os
 import signal
 import sys
 
 import uvloop
 from pydantic import ValidationError
 
+from manta.cluster.doors.api_keys import KeyFileError
 from manta.cluster.doors.frontend import Frontend
 from manta.cluster.doors.server import PortError
 from manta.cluster.doors.text import TokenizerError
 from manta.cluster.engine.client import EngineError, EngineLostError
 from manta.cluster.orphan import parent_ended
 from manta.cluster.preflight import PreflightError
+from manta.configs.api_keys import HASHES_VARIABLE
 from manta.configs.model import ModelError
 from manta.configs.schema import ServeConfig
 
@@ -33,7 +36,9 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     try:
         uvloop.run(_serve(args.config_json, args.parent_pid))
-    except (ValidationError, TokenizerError, PreflightError, ModelError, PortError, EngineError) as error:
+    except (
+        ValidationError, TokenizerError, PreflightError, ModelError, KeyFileError, PortError, EngineError,
+    ) as error:  # fmt: skip
         print(f"MANTA_ERROR {error}", flush=True)
         return 1
     return 0
@@ -45,7 +50,8 @@ async def _serve(config_json: str, parent_pid: int) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     ends = [asyncio.create_task(stopping.wait()), asyncio.create_task(parent_ended(parent_pid))]
-    frontend = Frontend(config_json)
+    hashes = os.environ.pop(HASHES_VARIABLE, "")
+    frontend = Frontend(config_json, hashes.split(",") if hashes else ())
     starting = asyncio.create_task(_start(frontend, config.host))
     await asyncio.wait([starting, *ends], return_when=asyncio.FIRST_COMPLETED)
     if starting.done():

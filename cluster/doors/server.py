@@ -11,6 +11,7 @@ import uvicorn
 from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from manta.cluster.doors.authentication import RpcKeys
 from manta.cluster.doors.exchange import MAX_BODY_BYTES
 from manta.cluster.doors.http import build_app
 from manta.cluster.doors.rpc import InferenceServicer
@@ -88,12 +89,13 @@ class DoorServer:
 
     async def _start_grpc(self, host: str, port: int, shares_port: bool) -> int:
         server = grpc.aio.server(
+            interceptors=[RpcKeys(self._service.keys)],
             options=[
                 ("grpc.so_reuseport", int(shares_port)),
                 ("grpc.max_receive_message_length", MAX_BODY_BYTES),
                 ("grpc.http2.max_ping_strikes", 0),
                 ("grpc.keepalive_permit_without_calls", 1),
-            ]
+            ],
         )
         inference_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(self._service), server)
         health_pb2_grpc.add_HealthServicer_to_server(HealthServicer(self._service, _GRPC_NAMES), server)

@@ -1,8 +1,9 @@
 """What every endpoint of a frontend works with."""
 
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from manta.cluster.doors.api_keys import KeyRing
 from manta.cluster.doors.generation import Running
 from manta.cluster.doors.validate import Validator
 from manta.cluster.engine.client import Client
@@ -18,6 +19,7 @@ class Service:
     validator: Validator
     running: Running
     started_s: float  # Unix time
+    keys: KeyRing = field(default_factory=KeyRing)
 
     def free_id(self, prefix: str, wanted: str) -> str:
         """The id a call runs under; two clients that send the same X-Request-Id do not disturb each other."""

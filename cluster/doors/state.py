@@ -34,6 +34,9 @@ class State:
             Route("/health", self.health),
             Route("/ping", self.health, methods=["GET", "POST"]),
             Route("/ready", self.ready),
+            Route("/health/ready", self.ready),
+            Route("/live", self.live),
+            Route("/health/live", self.live),
             Route("/load", self.load),
             Route("/metrics", self.metrics),
             Route("/block_tables", self.block_tables),
@@ -46,6 +49,10 @@ class State:
         """200 while the engine answers and is healthy, 503 with the reason otherwise."""
         await check_health(self._service)
         return json_response({"status": "ok"})
+
+    async def live(self, request: Request) -> Response:
+        """200 while this process answers at all: what tells whether to restart it."""
+        return json_response({"status": "alive"})
 
     async def ready(self, request: Request) -> Response:
         """As health, and 503 once the server drains."""

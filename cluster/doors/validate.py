@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from manta.cluster.doors.bad_words import tokenize_bad_words
+from manta.cluster.doors.caller import current_tenant, with_callers_salt
 from manta.cluster.doors.errors import Kind, RequestError
 from manta.cluster.doors.limits import ModelLimits
 from manta.cluster.doors.text import Tokenizer
@@ -35,7 +36,7 @@ class Ask:
     model: Any = None
     priority: Any = 0
     cache_salt: Any = ""
-    tenant: str = ""
+    tenant: str = field(default_factory=current_tenant)
     add_special_tokens: Any = True
     fills_context: bool = False  # without max_tokens: up to the context length (chat), not 16 tokens (completions)
     prompt_param: str = "prompt"  # the field that errors about the prompt name
@@ -75,7 +76,7 @@ class Validator:
             raw["max_tokens"] = 1
         sampling = self.check_sampling(raw, ask.fills_context)
         priority = check_int(ask.priority, "priority", -_INT32, _INT32 - 1)
-        salt = _check_salt(ask.cache_salt)
+        salt = with_callers_salt(_check_salt(ask.cache_salt))
         sources = check_prompts(ask.prompt, ask.prompt_param)
         if len(sources) * sampling.n > MAX_SEQUENCES:
             raise RequestError(

@@ -49,11 +49,11 @@ class SchedulerActor:
 class FrontendActor:
     """HTTP and gRPC doors."""
 
-    async def prepare(self, config_json: str) -> None:
+    async def prepare(self, config_json: str, key_hashes: list[str]) -> None:
         """Does what needs no scheduler."""
         from manta.cluster.doors.frontend import Frontend
 
-        self._frontend = Frontend(config_json)
+        self._frontend = Frontend(config_json, key_hashes)
         await self._frontend.prepare()
 
     async def start(self, scheduler: str, http_port: int, grpc_port: int) -> tuple[int, int]:

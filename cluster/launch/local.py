@@ -6,6 +6,7 @@ from pathlib import Path
 
 from manta.cluster.launch.launcher import Death, FrontendAddress, LaunchError, cores_per_worker, cpu_worker_env
 from manta.cluster.launch.process import ChildProcess
+from manta.configs.api_keys import HASHES_VARIABLE
 from manta.configs.schema import ServeConfig
 
 _SPAWN_TIMEOUT_S = 120.0
@@ -56,8 +57,9 @@ class LocalLauncher:
 
     def prepare_frontends(self, config: ServeConfig) -> None:
         args = ["--config-json", config.model_dump_json(), *_parent()]
+        env = {HASHES_VARIABLE: ",".join(config.api_key)}  # the words of a command can be read by all users of a host
         for index in range(config.api_server_count):
-            self._frontends.append(ChildProcess(f"frontend {index}", "manta.cluster.doors.main", args))
+            self._frontends.append(ChildProcess(f"frontend {index}", "manta.cluster.doors.main", args, env))
 
     def open_frontends(self, config: ServeConfig, scheduler: str) -> FrontendAddress:
         address = FrontendAddress(config.port, config.grpc_port)

@@ -110,7 +110,7 @@ class RayLauncher:
             actor = _FRONTEND.options(num_cpus=0, scheduling_strategy=_here()).remote()
             self._frontends.append(actor)
             self._lifelines[actor.stay.remote()] = (f"frontend {index}", None)
-            self._prepared.append(actor.prepare.remote(config.model_dump_json()))
+            self._prepared.append(actor.prepare.remote(config.model_dump_json(), list(config.api_key)))
 
     def open_frontends(self, config: ServeConfig, scheduler: str) -> FrontendAddress:
         _get(self._prepared, _ACTOR_TIMEOUT_S, "the frontends")

@@ -28,13 +28,16 @@ def ready_block(
         f"start-up     {phases['total']:.1f} s: {outer}" + (f" (of it {inner})" if inner else ""),
         f"HTTP         http://{host}:{address.http_port}/v1",
         f"gRPC         {host}:{address.grpc_port}",
-        "try          " + _curl(config.model_name, f"http://{host}:{address.http_port}"),
+        "try          " + _curl(config, f"http://{host}:{address.http_port}"),
     ]
     rule = "-" * 72
     return "\n".join([rule, "Manta is ready", *lines, "Ctrl-C drains and stops", rule])
 
 
-def _curl(model: str, url: str) -> str:
+def _curl(config: ServeConfig, url: str) -> str:
     question = "CREATE TABLE users (id INTEGER, name TEXT, age INTEGER);\nHow many users are there?"
-    body = {"model": model, "messages": [{"role": "user", "content": question}], "temperature": 0}
-    return f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}"
+    body = {"model": config.model_name, "messages": [{"role": "user", "content": question}], "temperature": 0}
+    headers = "-H 'Content-Type: application/json'"
+    if config.api_key or config.api_key_file:
+        headers += ' -H "Authorization: Bearer $OPENAI_API_KEY"'
+    return f"curl {url}/v1/chat/completions {headers} -d {shlex.quote(json.dumps(body))}"

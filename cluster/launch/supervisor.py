@@ -8,6 +8,7 @@ from types import FrameType
 
 import grpc
 
+from manta.cluster.doors.startup import check_doors
 from manta.cluster.launch.launcher import FrontendAddress, Launcher, ray_address
 from manta.cluster.launch.local import LocalLauncher, local_gpus
 from manta.cluster.launch.ready import ready_block
@@ -76,6 +77,7 @@ class Supervisor:
 
     def _check(self, on_gpu: bool) -> None:
         check(self._config, on_gpu=on_gpu and self._config.device != "cpu")
+        check_doors(self._config)
 
     def _bring_up(self, launcher: Launcher) -> tuple[str, FrontendAddress]:
         with self._timed("processes"):

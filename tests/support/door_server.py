@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from manta.cluster.doors.api_keys import KeyRing
 from manta.cluster.doors.generation import Running
 from manta.cluster.doors.limits import read_limits
 from manta.cluster.doors.server import DoorServer
@@ -28,7 +29,7 @@ def build_service(client: FakeClient, model_folder: Path, **config_fields: Any) 
     tokenizer = load_tokenizer(config)
     limits = read_limits(config, MAX_MODEL_LEN)
     validator = Validator(limits, tokenizer, random.Random(config.seed))
-    return Service(client, config, validator, Running(client, tokenizer), started_s=1.0)
+    return Service(client, config, validator, Running(client, tokenizer), 1.0, KeyRing.of(config))
 
 
 class DoorThread:

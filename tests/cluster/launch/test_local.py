@@ -65,3 +65,27 @@ def test_too_few_gpus_are_an_error_when_they_were_asked_for(visible: list[str | 
     with pytest.raises(LaunchError, match="3 GPUs are needed and this host has 2"):
         LocalLauncher().start_workers(ServeConfig(model="m", device="cuda", data_parallel_size=3))
     assert not visible
+
+
+def test_only_frontends_get_the_keys_and_in_no_words_of_a_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[tuple[str, list[str], dict[str, str] | None]] = []
+
+    class Child:
+        def __init__(self, name: str, module: str, args: list[str], env: dict[str, str] | None = None) -> None:
+            started.append((name, args, env))
+
+        def wait_for_address(self, timeout_s: float) -> str:
+            return "here:1"
+
+    monkeypatch.setattr(local, "ChildProcess", Child)
+    config = ServeConfig.model_validate({"model": "m", "device": "cpu", "api_key": ["sk-secret", "sk-other"]})
+    launcher = LocalLauncher()
+    launcher.start_workers(config)
+    launcher.start_scheduler(config, [["here:1"]])
+    launcher.prepare_frontends(config)
+    told = {name: env for name, _, env in started}
+    assert told["frontend 0"] == {"MANTA_API_KEY_HASHES": ",".join(config.api_key)}
+    assert all("MANTA_API_KEY_HASHES" not in (env or {}) for name, env in told.items() if name != "frontend 0")
+    words = " ".join(word for _, args, _ in started for word in args)
+    assert "secret" not in words
+    assert "sha256" not in words
