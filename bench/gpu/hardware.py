@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from timing import median_s
 
+from manta.kernels import ops
+from manta.kernels.fp8 import Fp8Rows
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -15,6 +18,7 @@ class Limits:
 
     copy_bytes_per_s: float  # read and written bytes together
     matmul_flops: float  # per second, bfloat16
+    fp8_matmul_flops: float | None  # with scales by row; None where there are no such products
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -47,4 +51,18 @@ def measure(device: torch.device, small: bool) -> Limits:
     a = torch.randn(size, size, device=device).to(torch.bfloat16)
     b = torch.randn(size, size, device=device).to(torch.bfloat16)
     matmul_s = median_s(lambda: a @ b, device)
-    return Limits(2 * num_bytes / copy_s, 2 * size**3 / matmul_s)
+    flops = 2 * size**3
+    return Limits(2 * num_bytes / copy_s, flops / matmul_s, _fp8_flops(a, b, device))
+
+
+def _fp8_flops(a: torch.Tensor, b: torch.Tensor, device: torch.device) -> float | None:
+    if not ops.has_fp8_products(device):
+        return None
+    x, scales = ops.quantize(a)
+    weight, channels = ops.quantize(b)
+    linear = ops.make_fp8_linear(weight, channels[:, 0].contiguous(), None, torch.bfloat16)
+    try:
+        return 2 * a.shape[0] ** 3 / median_s(lambda: linear(Fp8Rows(x, scales)), device)
+    except RuntimeError as error:
+        print(f"no fp8 products: {error}", flush=True)
+        return None

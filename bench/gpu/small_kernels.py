@@ -25,19 +25,17 @@ _FILTERS: dict[str, dict[str, float]] = {
 Case = tuple[str, int, Callable[[], object], Callable[[], object] | None]  # name, bytes, ours, plain torch
 
 
-def run(device: torch.device, limits: Limits, small: bool) -> list[dict[str, Any]]:
+def run(device: torch.device, limits: Limits, small: bool) -> Iterator[dict[str, Any]]:
     """One record per kernel and size."""
-    records = []
     for name, num_bytes, ours, theirs in _cases(device, small):
         ours_s = median_s(ours, device)
         record: dict[str, Any] = {"kernel": name, "us": ours_s * 1e6, "gb_per_s": num_bytes / ours_s / 1e9}
         record["share_of_copy"] = num_bytes / ours_s / limits.copy_bytes_per_s
         if theirs is not None:
             record["torch_us"] = median_s(theirs, device) * 1e6
-        records.append(record)
         line = f"{name:>40}: {record['us']:>9.1f} us, {record['share_of_copy']:.0%} of copy"
         print(line + (f"; torch {record['torch_us']:.1f} us" if "torch_us" in record else ""), flush=True)
-    return records
+        yield record
 
 
 def _cases(device: torch.device, small: bool) -> Iterator[Case]:

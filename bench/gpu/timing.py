@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 _FLUSH_BYTES = 256 * 2**20  # more than any level-2 cache
+_SLEEP_CYCLES = 2_000_000  # about 1 ms, in which the host launches what is timed
 
 
 def median_s(run: Callable[[], object], device: torch.device, repeats: int = 20, warmups: int = 3) -> float:
@@ -24,6 +25,7 @@ def median_s(run: Callable[[], object], device: torch.device, repeats: int = 20,
     events = []
     for _ in range(repeats):
         flush.zero_()
+        torch.cuda._sleep(_SLEEP_CYCLES)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         run()
