@@ -158,174 +158,54 @@ def multiply_tile(
     if MAX_ROWS < 12:
         if num_rows == 1:
             _tile_1(
-                x,
-                x_stride,
-                table,
-                num_segments,
-                offset0,
-                offset1,
-                step,
-                half_k,
-                ahead,
-                out,
-                out_stride,
-                accumulate,
-                left,
-                kind,
-            )
+                x, x_stride, table, num_segments, offset0, offset1, step, half_k, ahead, out, out_stride, accumulate,
+                left, kind,
+            )  # fmt: skip
         elif num_rows == 2:
             _tile_2(
-                x,
-                x_stride,
-                table,
-                num_segments,
-                offset0,
-                offset1,
-                step,
-                half_k,
-                ahead,
-                out,
-                out_stride,
-                accumulate,
-                left,
-                kind,
-            )
+                x, x_stride, table, num_segments, offset0, offset1, step, half_k, ahead, out, out_stride, accumulate,
+                left, kind,
+            )  # fmt: skip
         else:
             _tile_3(
-                x,
-                x_stride,
-                table,
-                num_segments,
-                offset0,
-                offset1,
-                step,
-                half_k,
-                ahead,
-                out,
-                out_stride,
-                accumulate,
-                left,
-                kind,
-            )
+                x, x_stride, table, num_segments, offset0, offset1, step, half_k, ahead, out, out_stride, accumulate,
+                left, kind,
+            )  # fmt: skip
     elif num_rows > 8:
         _tile_12(
-            x,
-            x_stride,
-            table,
-            num_segments,
-            offset0,
-            offset1,
-            step,
-            half_k,
-            ahead,
-            out,
-            out_stride,
-            accumulate,
-            left,
-            kind,
-        )
+            x, x_stride, table, num_segments, offset0, offset1, step, half_k, ahead, out, out_stride, accumulate,
+            left, kind,
+        )  # fmt: skip
     elif num_rows > 6:
         _tile_8(
-            x,
-            x_stride,
-            table,
-            num_segments,
-            offset0,
-            offset1,
-            step,
-            half_k,
-            ahead,
-            out,
-            out_stride,
-            accumulate,
-            left,
-            kind,
-        )
+            x, x_stride, table, num_segments, offset0, offset1, step, half_k, ahead, out, out_stride, accumulate,
+            left, kind,
+        )  # fmt: skip
     elif num_rows > 4:
         _tile_6(
-            x,
-            x_stride,
-            table,
-            num_segments,
-            offset0,
-            offset1,
-            step,
-            half_k,
-            ahead,
-            out,
-            out_stride,
-            accumulate,
-            left,
-            kind,
-        )
+            x, x_stride, table, num_segments, offset0, offset1, step, half_k, ahead, out, out_stride, accumulate,
+            left, kind,
+        )  # fmt: skip
     elif num_rows > 3:
         _tile_4(
-            x,
-            x_stride,
-            table,
-            num_segments,
-            offset0,
-            offset1,
-            step,
-            half_k,
-            ahead,
-            out,
-            out_stride,
-            accumulate,
-            left,
-            kind,
-        )
+            x, x_stride, table, num_segments, offset0, offset1, step, half_k, ahead, out, out_stride, accumulate,
+            left, kind,
+        )  # fmt: skip
     elif num_rows > 2:
         _tile_3(
-            x,
-            x_stride,
-            table,
-            num_segments,
-            offset0,
-            offset1,
-            step,
-            half_k,
-            ahead,
-            out,
-            out_stride,
-            accumulate,
-            left,
-            kind,
-        )
+            x, x_stride, table, num_segments, offset0, offset1, step, half_k, ahead, out, out_stride, accumulate,
+            left, kind,
+        )  # fmt: skip
     elif num_rows > 1:
         _tile_2(
-            x,
-            x_stride,
-            table,
-            num_segments,
-            offset0,
-            offset1,
-            step,
-            half_k,
-            ahead,
-            out,
-            out_stride,
-            accumulate,
-            left,
-            kind,
-        )
+            x, x_stride, table, num_segments, offset0, offset1, step, half_k, ahead, out, out_stride, accumulate,
+            left, kind,
+        )  # fmt: skip
     else:
         _tile_1(
-            x,
-            x_stride,
-            table,
-            num_segments,
-            offset0,
-            offset1,
-            step,
-            half_k,
-            ahead,
-            out,
-            out_stride,
-            accumulate,
-            left,
-            kind,
-        )
+            x, x_stride, table, num_segments, offset0, offset1, step, half_k, ahead, out, out_stride, accumulate,
+            left, kind,
+        )  # fmt: skip
 
 
 @intrinsic
