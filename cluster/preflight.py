@@ -8,7 +8,7 @@ from manta.configs.model import ModelError, ModelSpec, read_model_spec
 from manta.configs.schema import ServeConfig
 
 _DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-_PATHS = ("model", "tokenizer", "chat_template", "api_key_file")
+_PATHS = ("model", "tokenizer", "chat_template", "api_key_file", "ssl_certfile", "ssl_keyfile", "ssl_ca_certs")
 _CONFIG_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
 
 

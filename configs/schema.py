@@ -113,6 +113,14 @@ class ServeConfig(BaseModel):
     tenant_cache_isolation: bool = option(
         True, "Front end", "with API keys: no tenant finds another one's prompts in the prefix cache"
     )
+    ssl_certfile: str | None = option(
+        None, "Front end", "certificate chain in PEM: both doors speak TLS; read again when it changes"
+    )
+    ssl_keyfile: str | None = option(None, "Front end", "its private key in PEM; that in ssl_certfile if unset")
+    ssl_ca_certs: str | None = option(None, "Front end", "certificates in PEM that sign those of clients")
+    ssl_cert_reqs: int = option(
+        0, "Front end", "2: clients need a certificate that ssl_ca_certs signs; 0: they need none", ge=0, le=2
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -124,9 +132,19 @@ class ServeConfig(BaseModel):
         if self.block_size & (self.block_size - 1):
             raise ValueError(f"block_size={self.block_size} must be a power of two")
         self._check_kernels()
+        self._check_tls()
         if self.port and self.port == self.grpc_port:
             raise ValueError(f"port and grpc_port are both {self.port}; they must differ")
         return self
+
+    def _check_tls(self) -> None:
+        for name in ("ssl_keyfile", "ssl_ca_certs", "ssl_cert_reqs"):
+            if getattr(self, name) and not self.ssl_certfile:
+                raise ValueError(f"{name} is for TLS, which needs ssl_certfile, too")
+        if self.ssl_cert_reqs == 1:
+            raise ValueError("ssl_cert_reqs=1 (clients may have a certificate) is not possible over gRPC; use 0 or 2")
+        if (self.ssl_cert_reqs == 2) != bool(self.ssl_ca_certs):
+            raise ValueError("ssl_cert_reqs=2 and ssl_ca_certs need each other")
 
     def _check_kernels(self) -> None:
         """Flags of GPU kernels that cannot go together, or not with a CPU."""

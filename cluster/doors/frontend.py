@@ -40,7 +40,8 @@ class Frontend:
         """Connects to the engine at "host:port" and listens; a port of 0 takes a free one. Returns the ports
         {"http": ..., "grpc": ...}.
 
-        Raises TokenizerError, PreflightError, ModelError, KeyFileError, PortError or EngineLostError.
+        Raises TokenizerError, PreflightError, ModelError, KeyFileError, CertificateError, PortError or
+        EngineLostError.
         """
         await self.prepare()
         assert self._tokenizer is not None

@@ -20,12 +20,17 @@ from manta.cluster.doors.api_keys import KeyFileError
 from manta.cluster.doors.frontend import Frontend
 from manta.cluster.doors.server import PortError
 from manta.cluster.doors.text import TokenizerError
+from manta.cluster.doors.tls import CertificateError
 from manta.cluster.engine.client import EngineError, EngineLostError
 from manta.cluster.orphan import parent_ended
 from manta.cluster.preflight import PreflightError
 from manta.configs.api_keys import HASHES_VARIABLE
 from manta.configs.model import ModelError
 from manta.configs.schema import ServeConfig
+
+_CANNOT_OPEN = (
+    ValidationError, TokenizerError, PreflightError, ModelError, KeyFileError, CertificateError, PortError, EngineError,
+)  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,9 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     try:
         uvloop.run(_serve(args.config_json, args.parent_pid))
-    except (
-        ValidationError, TokenizerError, PreflightError, ModelError, KeyFileError, PortError, EngineError,
-    ) as error:  # fmt: skip
+    except _CANNOT_OPEN as error:
         print(f"MANTA_ERROR {error}", flush=True)
         return 1
     return 0

@@ -17,6 +17,7 @@ from manta.cluster.doors.http import build_app
 from manta.cluster.doors.rpc import InferenceServicer
 from manta.cluster.doors.rpc_health import HealthServicer
 from manta.cluster.doors.service import Service
+from manta.cluster.doors.tls import Certificates
 from manta.protos import inference_pb2, inference_pb2_grpc
 
 KEEP_ALIVE_S = 75  # idle HTTP connections; longer than the 60 s after which common proxies drop theirs
@@ -46,12 +47,13 @@ class DoorServer:
         self._grpc: grpc.aio.Server | None = None
 
     async def start(self) -> dict[str, int]:
-        """Listens; returns the ports as {"http": ..., "grpc": ...}. Raises PortError."""
+        """Listens; returns the ports as {"http": ..., "grpc": ...}. Raises PortError or CertificateError."""
         config = self._service.config
         shares_port = config.api_server_count > 1
+        certificates = Certificates.of(config)
         http_socket = _listen(config.host, config.port, shares_port)
         try:
-            grpc_port = await self._start_grpc(config.host, config.grpc_port, shares_port)
+            grpc_port = await self._start_grpc(config.host, config.grpc_port, shares_port, certificates)
         except PortError:
             http_socket.close()
             raise
@@ -70,6 +72,9 @@ class DoorServer:
                 timeout_graceful_shutdown=CLOSE_TIMEOUT_S,
             )
         )
+        if certificates is not None:
+            self._http.config.load()
+            self._http.config.ssl = certificates.http_context()
         self._http_task = asyncio.create_task(self._http.serve(sockets=[http_socket]))
         while not self._http.started and not self._http_task.done():
             await asyncio.sleep(0.01)  # uvicorn has no event for it
@@ -87,7 +92,7 @@ class DoorServer:
             await self._http_task
         return drained
 
-    async def _start_grpc(self, host: str, port: int, shares_port: bool) -> int:
+    async def _start_grpc(self, host: str, port: int, shares_port: bool, certificates: Certificates | None) -> int:
         server = grpc.aio.server(
             interceptors=[RpcKeys(self._service.keys)],
             options=[
@@ -102,7 +107,10 @@ class DoorServer:
         reflection.enable_server_reflection((*_GRPC_NAMES, "grpc.health.v1.Health", reflection.SERVICE_NAME), server)
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:
-            bound = server.add_insecure_port(address)
+            if certificates is None:
+                bound = server.add_insecure_port(address)
+            else:
+                bound = server.add_secure_port(address, certificates.rpc_credentials())
         except RuntimeError:
             bound = 0
         if not bound:

@@ -1,8 +1,7 @@
-"""What can be known to be wrong with the doors before anything is started: key files."""
+"""What can be known to be wrong with the doors before anything is started: files of keys and certificates."""
 
-from pathlib import Path
-
-from manta.cluster.doors.api_keys import KeyFileError, read_key_file
+from manta.cluster.doors.api_keys import KeyFileError, KeyRing
+from manta.cluster.doors.tls import CertificateError, Certificates
 from manta.cluster.preflight import PreflightError
 from manta.configs.schema import ServeConfig
 
@@ -10,7 +9,7 @@ from manta.configs.schema import ServeConfig
 def check_doors(config: ServeConfig) -> None:
     """Raises PreflightError."""
     try:
-        if config.api_key_file and not read_key_file(Path(config.api_key_file).expanduser()) and not config.api_key:
-            raise PreflightError(f"--api-key-file {config.api_key_file} holds no key")
-    except KeyFileError as error:
+        KeyRing.of(config)
+        Certificates.of(config)
+    except (KeyFileError, CertificateError) as error:
         raise PreflightError(str(error)) from None
