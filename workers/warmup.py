@@ -32,7 +32,7 @@ def run_largest_steps(runner: Runner, config: ServeConfig, max_model_len: int) -
 
 
 def run_small_steps(runner: Runner, config: ServeConfig, max_model_len: int) -> None:
-    """A short prefill and a copied block, a prefill beside decodes, a decode of several rows and one of a single row."""
+    """A short prefill and a copied block, a prefill beside decodes, decodes of several rows and of a single one."""
     _run(runner, _small_plans(config, max_model_len))
 
 

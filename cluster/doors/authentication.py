@@ -27,10 +27,16 @@ class HttpKeys:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
             try:
-                set_caller(self._keys.caller(Headers(scope=scope).get("authorization")))
+                set_caller(self._keys.caller(_http_authorization(Headers(scope=scope))))
             except RequestError as error:
                 return await Reply(send).error(error)
         await self._app(scope, receive, send)
+
+
+def _http_authorization(headers: Headers) -> str | None:
+    """The Authorization header, or the one that clients of the Anthropic API send."""
+    key = headers.get("x-api-key")
+    return headers.get("authorization") or (f"Bearer {key}" if key else None)
 
 
 class RpcKeys(grpc.aio.ServerInterceptor):  # type: ignore[misc]

@@ -10,10 +10,10 @@ import orjson
 from starlette.datastructures import Headers
 from starlette.types import Message, Receive, Scope, Send
 
+from manta.cluster.doors import patience
 from manta.cluster.doors.errors import Kind, RequestError, from_engine, internal
 from manta.cluster.engine.client import EngineError
 
-MAX_BODY_BYTES = 32 * 2**20
 JSON = b"application/json"
 DONE = b"data: [DONE]\n\n"
 logger = logging.getLogger("manta.doors")
@@ -49,8 +49,9 @@ class Reply:
         """Whole events. Waits while the client's receive buffer is full."""
         await self._send({"type": "http.response.body", "body": data, "more_body": True})
 
-    async def end_events(self, data: bytes = b"") -> None:
-        await self._send({"type": "http.response.body", "body": data + DONE})
+    async def end_events(self, data: bytes = b"", is_done_told: bool = True) -> None:
+        """The last events; is_done_told: and the line that ends streams of the OpenAI API."""
+        await self._send({"type": "http.response.body", "body": data + DONE if is_done_told else data})
 
     async def error(self, error: RequestError) -> None:
         """As the whole answer, or as the last event of a stream that has begun."""
@@ -61,6 +62,11 @@ class Reply:
 
 
 Handler = Callable[[dict[str, Any], str, Reply], Coroutine[Any, Any, None]]
+Teller = Callable[[RequestError, str, Reply], Awaitable[None]]  # how an API writes an error, given the request id
+
+
+async def _tell(error: RequestError, request_id: str, reply: Reply) -> None:
+    await reply.error(error)
 
 
 class JsonEndpoint:
@@ -69,8 +75,9 @@ class JsonEndpoint:
     The handler is cancelled as soon as the client disconnects.
     """
 
-    def __init__(self, handler: Handler) -> None:
+    def __init__(self, handler: Handler, tell: Teller = _tell) -> None:
         self._handler = handler
+        self._tell = tell
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         reply = Reply(send)
@@ -80,12 +87,12 @@ class JsonEndpoint:
         except ClientGoneError:
             return
         except RequestError as error:
-            await reply.error(error)
+            await self._tell(error, scope["request_id"], reply)
         except EngineError as error:
-            await reply.error(from_engine(error))
+            await self._tell(from_engine(error), scope["request_id"], reply)
         except Exception as error:
             logger.exception("request %s failed", scope["request_id"])
-            await reply.error(internal(error))
+            await self._tell(internal(error), scope["request_id"], reply)
 
 
 def error_headers(error: RequestError) -> list[tuple[bytes, bytes]]:
@@ -94,7 +101,7 @@ def error_headers(error: RequestError) -> list[tuple[bytes, bytes]]:
         headers.append((b"retry-after", str(max(1, round(error.retry_after_s))).encode()))
     if error.kind is Kind.UNAUTHENTICATED:
         headers.append((b"www-authenticate", b"Bearer"))
-    if error.kind is Kind.TOO_LARGE:
+    if error.kind in (Kind.TOO_LARGE, Kind.SLOW_SENDER):
         headers.append((b"connection", b"close"))  # the rest of the body is not read
     return headers
 
@@ -106,7 +113,7 @@ async def read_json(scope: Scope, receive: Receive) -> dict[str, Any]:
     if content_type != "application/json" and not content_type.endswith("+json"):
         raise RequestError(f"Content-Type must be application/json, not {content_type!r}", code="invalid_content_type")
     length = headers.get("content-length", "0")
-    if length.isdigit() and int(length) > MAX_BODY_BYTES:
+    if length.isdigit() and int(length) > patience.MAX_BODY_BYTES:
         raise _too_large()
     body = await _read_body(receive)
     try:
@@ -121,18 +128,27 @@ async def read_json(scope: Scope, receive: Receive) -> dict[str, Any]:
 async def _read_body(receive: Receive) -> bytearray:
     body = bytearray()
     while True:
-        message = await receive()
+        message = await _receive_in_time(receive)
         if message["type"] == "http.disconnect":
             raise ClientGoneError
         body += message.get("body", b"")
-        if len(body) > MAX_BODY_BYTES:
+        if len(body) > patience.MAX_BODY_BYTES:
             raise _too_large()
         if not message.get("more_body", False):
             return body
 
 
+async def _receive_in_time(receive: Receive) -> Message:
+    try:
+        async with asyncio.timeout(patience.SLOW_SENDER_S):
+            return await receive()
+    except TimeoutError:
+        message = f"nothing more of the body came for {patience.SLOW_SENDER_S:g} s"
+        raise RequestError(message, code="request_timeout", kind=Kind.SLOW_SENDER) from None
+
+
 def _too_large() -> RequestError:
-    message = f"the body is larger than {MAX_BODY_BYTES // 2**20} MiB"
+    message = f"the body is larger than {patience.MAX_BODY_BYTES // 2**20} MiB"
     return RequestError(message, code="request_too_large", kind=Kind.TOO_LARGE)
 
 

@@ -4,7 +4,7 @@ A field that would change the answer is never ignored in silence.
 """
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 from manta.cluster.doors.errors import RequestError
@@ -110,7 +110,11 @@ def _unknown(name: str, used: frozenset[str]) -> RequestError:
         nearest = "structured_outputs"
         message = f"unknown field {name!r}; the nearest known one is {nearest!r}, which this server does not support"
         return RequestError(message, name, "unknown_parameter")
-    known = sorted(used | IGNORED | NOT_SUPPORTED.keys())
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return unknown_field(name, used | IGNORED | NOT_SUPPORTED.keys(), used)
+
+
+def unknown_field(name: str, known: Set[str], used: Set[str]) -> RequestError:
+    """Names the nearest of the known fields, or lists those that are used."""
+    close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
     advice = f"did you mean {close[0]!r}?" if close else f"known fields: {', '.join(sorted(used))}"
     return RequestError(f"unknown field {name!r}; {advice}", name, "unknown_parameter")

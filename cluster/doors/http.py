@@ -15,6 +15,7 @@ from manta.cluster.doors.chat import ChatCompletions
 from manta.cluster.doors.completions import Completions
 from manta.cluster.doors.errors import Kind, RequestError, from_engine, internal
 from manta.cluster.doors.exchange import Handler, JsonEndpoint, RequestIds, error_headers
+from manta.cluster.doors.messages import CountTokens, Messages, tell
 from manta.cluster.doors.service import Service
 from manta.cluster.doors.state import State, json_response
 from manta.cluster.doors.tokenization import Detokenize, Tokenize
@@ -30,6 +31,11 @@ def build_app(service: Service) -> Starlette:
         "/detokenize": Detokenize(service),
     }
     routes = [Route(path, JsonEndpoint(handler), methods=["POST"]) for path, handler in posts.items()]
+    anthropic: dict[str, Handler] = {
+        "/v1/messages": Messages(service),
+        "/v1/messages/count_tokens": CountTokens(service),
+    }
+    routes += [Route(path, JsonEndpoint(handler, tell), methods=["POST"]) for path, handler in anthropic.items()]
     return Starlette(
         routes=routes + State(service).routes(),
         middleware=[

@@ -102,7 +102,7 @@ async def stream_call(
     usage = Usage(resolved)
     events = Events(head, usage, options)
     with service.running.call(head["id"], resolved) as call:
-        async with contextlib.aclosing(_started(call.deltas(), reply)) as deltas:
+        async with contextlib.aclosing(started(call.deltas(), reply)) as deltas:
             async for index, delta in deltas:
                 usage.add(index, delta)
                 choices = form.choices(index, delta)
@@ -111,7 +111,7 @@ async def stream_call(
         await reply.end_events(events.last())
 
 
-async def _started(deltas: AsyncGenerator[IndexedDelta, None], reply: Reply) -> AsyncGenerator[IndexedDelta, None]:
+async def started(deltas: AsyncGenerator[IndexedDelta, None], reply: Reply) -> AsyncGenerator[IndexedDelta, None]:
     """The same deltas; the headers go out with the first of them, or when it takes long."""
     async with contextlib.aclosing(deltas):
         first = asyncio.ensure_future(anext(deltas))
