@@ -11,9 +11,10 @@ import uvicorn
 from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from manta.cluster.doors import patience
 from manta.cluster.doors.authentication import RpcKeys
-from manta.cluster.doors.exchange import MAX_BODY_BYTES
 from manta.cluster.doors.http import build_app
+from manta.cluster.doors.http_protocol import DoorProtocol
 from manta.cluster.doors.rpc import InferenceServicer
 from manta.cluster.doors.rpc_health import HealthServicer
 from manta.cluster.doors.service import Service
@@ -22,6 +23,7 @@ from manta.protos import inference_pb2, inference_pb2_grpc
 
 KEEP_ALIVE_S = 75  # idle HTTP connections; longer than the 60 s after which common proxies drop theirs
 CLOSE_TIMEOUT_S = 1  # for the last bytes, once the calls have ended
+PING_INTERVAL_MS, PING_TIMEOUT_MS = 30_000, 20_000  # over gRPC: who does not answer is gone, and its calls are aborted
 _GRPC_NAMES = (inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name,)
 
 
@@ -61,7 +63,7 @@ class DoorServer:
         self._http = _HttpServer(
             uvicorn.Config(
                 build_app(self._service),
-                http="httptools",
+                http=DoorProtocol,
                 ws="none",
                 lifespan="off",
                 log_config=None,
@@ -97,7 +99,11 @@ class DoorServer:
             interceptors=[RpcKeys(self._service.keys)],
             options=[
                 ("grpc.so_reuseport", int(shares_port)),
-                ("grpc.max_receive_message_length", MAX_BODY_BYTES),
+                ("grpc.max_receive_message_length", patience.MAX_BODY_BYTES),
+                ("grpc.max_metadata_size", patience.MAX_HEAD_BYTES),
+                ("grpc.absolute_max_metadata_size", patience.MAX_HEAD_BYTES),
+                ("grpc.keepalive_time_ms", PING_INTERVAL_MS),
+                ("grpc.keepalive_timeout_ms", PING_TIMEOUT_MS),
                 ("grpc.http2.max_ping_strikes", 0),
                 ("grpc.keepalive_permit_without_calls", 1),
             ],
