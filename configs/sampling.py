@@ -5,6 +5,8 @@ from typing import Annotated, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from manta.configs.structured_outputs import StructuredOutputsParams, as_structured_outputs
+
 MAX_STOP_STRINGS = 16
 MAX_STOP_TOKEN_IDS = 128
 MAX_LOGPROBS = 20
@@ -77,6 +79,9 @@ class SamplingParams(BaseModel):
     bad_words: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = Field(
         (), max_length=MAX_BAD_WORDS, description="texts that are not generated"
     )
+    structured_outputs: Annotated[StructuredOutputsParams | None, BeforeValidator(as_structured_outputs)] = Field(
+        None, description="what the output must look like"
+    )
     truncate_prompt_tokens: int | None = Field(
         None, ge=-1, le=2**31 - 1, description="prompt tokens kept at most, the last ones; -1: as many as fit"
     )
@@ -100,6 +105,8 @@ class SamplingParams(BaseModel):
                 raise ValueError(
                     f"bad_words must be texts of up to {MAX_BAD_WORD_CHARACTERS} characters that are not blank"
                 )
+        if self.structured_outputs is not None and self.allowed_token_ids is not None:
+            raise ValueError("structured_outputs and allowed_token_ids exclude each other")
         if self.truncate_prompt_tokens == 0:
             raise ValueError("truncate_prompt_tokens must be -1 (what fits) or at least 1")
         return self

@@ -63,6 +63,11 @@ class WorkerStub(object):
                 request_serializer=manta_dot_protos_dot_worker__pb2.StepPlan.SerializeToString,
                 response_deserializer=manta_dot_protos_dot_worker__pb2.StepResult.FromString,
                 _registered_method=True)
+        self.Compile = channel.unary_unary(
+                '/manta.worker.v1.Worker/Compile',
+                request_serializer=manta_dot_protos_dot_worker__pb2.CompileRequest.SerializeToString,
+                response_deserializer=manta_dot_protos_dot_worker__pb2.CompileResponse.FromString,
+                _registered_method=True)
 
 
 class WorkerServicer(object):
@@ -104,6 +109,14 @@ class WorkerServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Compile(self, request, context):
+        """Gets a grammar ready while steps go on, so that no step waits for it when a sequence comes that follows it. To be
+        called on the ranks of the last stage. INVALID_ARGUMENT says what is wrong with the grammar.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -126,6 +139,11 @@ def add_WorkerServicer_to_server(servicer, server):
                     servicer.Run,
                     request_deserializer=manta_dot_protos_dot_worker__pb2.StepPlan.FromString,
                     response_serializer=manta_dot_protos_dot_worker__pb2.StepResult.SerializeToString,
+            ),
+            'Compile': grpc.unary_unary_rpc_method_handler(
+                    servicer.Compile,
+                    request_deserializer=manta_dot_protos_dot_worker__pb2.CompileRequest.FromString,
+                    response_serializer=manta_dot_protos_dot_worker__pb2.CompileResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -245,6 +263,33 @@ class Worker(object):
             '/manta.worker.v1.Worker/Run',
             manta_dot_protos_dot_worker__pb2.StepPlan.SerializeToString,
             manta_dot_protos_dot_worker__pb2.StepResult.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Compile(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/manta.worker.v1.Worker/Compile',
+            manta_dot_protos_dot_worker__pb2.CompileRequest.SerializeToString,
+            manta_dot_protos_dot_worker__pb2.CompileResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -4,6 +4,7 @@ from manta.configs.model import ModelSpec
 from manta.configs.schema import ServeConfig
 from manta.kernels import ops
 from manta.workers.decode_graphs import CudaRecorder
+from manta.workers.grammars import grammars_of
 from manta.workers.limits import Limits
 from manta.workers.model import HiddenShape
 from manta.workers.models.decoder import CausalLM, allocate_kv_cache
@@ -31,4 +32,5 @@ def assemble(config: ServeConfig, model: CausalLM, num_blocks: int) -> Runner:
     stage = Stage(model, mesh, kv_cache, limits, HiddenShape(spec.hidden_size, model.dtype))
     on_device = mesh.device.type == "cuda" and ops.has_gpu_kernels()
     record = CudaRecorder() if on_device and ops.can_be_recorded() and not config.enforce_eager else None
-    return Runner(stage, on_device=on_device, record=record)
+    grammars = grammars_of(config, spec) if mesh.is_last_stage else None
+    return Runner(stage, on_device=on_device, record=record, grammars=grammars)

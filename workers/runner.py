@@ -12,6 +12,7 @@ from manta.workers.decode_graphs import Record
 from manta.workers.device_slots import DeviceSlots
 from manta.workers.device_steps import DeviceSteps
 from manta.workers.feedback import Feedback
+from manta.workers.grammars import Grammars
 from manta.workers.host_steps import HostSteps
 from manta.workers.pages_ahead import PagesAhead
 from manta.workers.records import NOTHING, Records, encode
@@ -55,8 +56,11 @@ class Runner:
     One thread calls it. Only counts are known on the host, so on a GPU `run` returns when the step is launched.
     """
 
-    def __init__(self, stage: Stage, *, on_device: bool = False, record: Record | None = None) -> None:
-        """on_device: whether the device builds its own inputs; `record` then makes recordings of decode steps."""
+    def __init__(
+        self, stage: Stage, *, on_device: bool = False, record: Record | None = None, grammars: Grammars | None = None
+    ) -> None:
+        """on_device: whether the device builds its own inputs; `record` then makes recordings of decode steps.
+        grammars: for ranks that sample."""
         mesh, limits = stage.mesh, stage.limits
         self._mesh = mesh
         self._copies = BlockCopies(stage.kv_cache)
@@ -66,11 +70,12 @@ class Runner:
             tokens = TokenTable(mesh.device, limits.max_num_slots, limits.max_model_len)
         else:
             tokens = TokenTable(mesh.device)
-        sampling = SamplingTable(limits.vocab_size)
+        self.grammars = grammars
+        sampling = SamplingTable(limits.vocab_size, grammars)
         self._slots = SlotTable(limits, tokens, sampling, changes)
         self._feedback = Feedback(mesh, tokens)
         self._clock = make_clock(mesh.device)
-        sampler = Sampler(sampling, tokens)
+        self._sampler = sampler = Sampler(sampling, tokens)
         max_scored_rows = limits.max_num_seqs if on_device else MAX_HOST_ROWS
         scorer = Scorer(sampling, tokens, max_scored_rows, self.is_output_rank)
         self._steps: HostSteps | DeviceSteps
@@ -108,6 +113,8 @@ class Runner:
         self._copies.apply(plan)
         self._steps.prepare()
         self._clock.launches()
+        if self._mesh.is_last_stage:
+            self._sampler.begin(rows)
         output = self._steps.compute(plan.lane, rows) if rows.slots.size else NOTHING
         # Before the step's end is marked: whoever waits for that reads the tokens.
         tokens = None if output.tokens is None else download(output.tokens)

@@ -1,7 +1,8 @@
 """Chooses the next token of every row that samples.
 
-Order, as in vLLM: allowed tokens, bad words and biases, then min_tokens and penalties, then temperature, then min_p and
-top_k, then top_p on what these leave, then one draw. Greedy rows take the best token after min_tokens and penalties.
+Order, as in vLLM: allowed tokens, bad words and biases, then grammars, then min_tokens and penalties, then temperature,
+then min_p and top_k, then top_p on what these leave, then one draw. Greedy rows take the best token after min_tokens
+and penalties.
 """
 
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from manta.workers.columns import Ints
 from manta.workers.constraints import Constraints
 from manta.workers.draws import uniform
 from manta.workers.filters import drop_below, top_k_cutoff, top_p_cutoff
+from manta.workers.grammar_masks import GrammarMasks
 from manta.workers.penalties import apply_penalties, mask_stop_tokens
 from manta.workers.records import Records, StepOutput
 from manta.workers.sampling_table import SamplingTable
@@ -31,7 +33,12 @@ class Sampler:
         self._table = table
         self._tokens = tokens
         self._constraints = Constraints(table.constraints, tokens)
+        self._grammars = GrammarMasks(table.grammars, tokens)
         self._row_sampler = ops.make_row_sampler(tokens.ids.device)
+
+    def begin(self, rows: Rows) -> None:
+        """Before the layers of a step whose tokens are chosen here. Waits for nothing."""
+        self._grammars.begin(rows.sampled_slots, rows.sampled_positions)
 
     def sample_rows(
         self, logits: Tensor, rows: Rows, scorer: Scorer, records: Sequence[Records] = ()
@@ -55,11 +62,13 @@ class Sampler:
         """Token ids int64 [N], on the device.
 
         logits float32 [N, vocab], which this overwrites; row i belongs to slots[i] and chooses the token at
-        positions[i] of its sequence (both on the host).
+        positions[i] of its sequence (both on the host). Where slots have grammars, `begin` must have come before.
         """
         table = self._table
         if table.constraints:
             self._constraints.apply(logits, slots, positions)
+        if table.grammars:
+            self._grammars.apply(logits, slots, table.min_tokens)
         if self._row_sampler is None:
             return self._sample_in_torch(logits, slots, positions)
         if not (table.temperature[slots].any() or table.penalised[slots].any() or table.min_tokens[slots].any()):

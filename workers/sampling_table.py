@@ -1,11 +1,15 @@
 """How each slot's tokens are chosen, one column per parameter, by slot."""
 
+from typing import Any
+
 import numpy as np
 
 from manta.configs.sampling import GREEDY_BELOW
 from manta.protos.sampling_pb2 import Sampling
-from manta.workers.columns import Ints, grown
+from manta.workers.columns import Ints, PlanError, grown
 from manta.workers.constraints import Constraint
+from manta.workers.grammar_masks import SlotGrammar
+from manta.workers.grammars import GrammarError, Grammars
 
 NO_TOKEN = -1
 _COLUMNS = (
@@ -22,8 +26,10 @@ class SamplingTable:
     have anything.
     """
 
-    def __init__(self, vocab_size: int) -> None:
+    def __init__(self, vocab_size: int, grammars: Grammars | None = None) -> None:
+        """Without `grammars` nobody samples here, and those of requests are left out."""
         self._vocab_size = vocab_size
+        self._grammars = grammars
         self.temperature = np.zeros(16, np.float32)
         self.top_k = np.zeros(16, np.int64)
         self.top_p = np.zeros(16, np.float32)
@@ -37,6 +43,7 @@ class SamplingTable:
         self.min_tokens = np.zeros(16, np.int64)
         self.stop_token_ids = np.full((16, 4), NO_TOKEN, np.int64)
         self.constraints: dict[int, Constraint] = {}
+        self.grammars: dict[int, SlotGrammar] = {}
         self.num_logprobs: dict[int, int] = {}
         self.num_prompt_logprobs: dict[int, int] = {}
 
@@ -63,6 +70,8 @@ class SamplingTable:
         constraint = Constraint.of(slot, sampling, num_prompt_tokens, self._vocab_size)
         if constraint is not None:
             self.constraints[slot] = constraint
+        if self._grammars is not None and sampling.HasField("grammar"):
+            self.grammars[slot] = self._start_grammar(self._grammars, slot, sampling)
         if sampling.HasField("num_logprobs"):
             self.num_logprobs[slot] = sampling.num_logprobs
         if sampling.HasField("num_prompt_logprobs"):
@@ -70,22 +79,34 @@ class SamplingTable:
 
     def free(self, slots: Ints) -> None:
         """These slots ask for nothing any more."""
-        if self.constraints or self.num_logprobs or self.num_prompt_logprobs:
+        if any(self._by_slot()):
             for slot in slots.tolist():
                 self._forget(slot)
 
     def clear(self) -> None:
         """As `free`, of all slots."""
-        for by_slot in (self.constraints, self.num_logprobs, self.num_prompt_logprobs):
+        for by_slot in self._by_slot():
             by_slot.clear()
 
     def changes_logits(self, slots: Ints) -> bool:
         """Whether choosing tokens for any of the slots may change their logits in place."""
-        return bool(self.constraints or self.penalised[slots].any() or self.min_tokens[slots].any())
+        return bool(self.constraints or self.grammars or self.penalised[slots].any() or self.min_tokens[slots].any())
 
     def _forget(self, slot: int) -> None:
-        for by_slot in (self.constraints, self.num_logprobs, self.num_prompt_logprobs):
+        for by_slot in self._by_slot():
             by_slot.pop(slot, None)
+
+    def _by_slot(self) -> tuple[dict[int, Any], ...]:
+        return self.constraints, self.grammars, self.num_logprobs, self.num_prompt_logprobs
+
+    def _start_grammar(self, grammars: Grammars, slot: int, sampling: Sampling) -> SlotGrammar:
+        """It has been compiled when the request came, and is compiled here only if it has been forgotten since."""
+        try:
+            compiled = grammars.compile(sampling.grammar)
+        except GrammarError as error:
+            raise PlanError(f"slot {slot}: {error}") from None
+        stop_token_ids = [token for token in sampling.stop_token_ids if token < self._vocab_size]
+        return SlotGrammar(compiled, int(self.num_prompt_tokens[slot]), stop_token_ids, self._vocab_size)
 
     def _set_stop_token_ids(self, slot: int, token_ids: list[int]) -> None:
         num_slots, width = self.stop_token_ids.shape

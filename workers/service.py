@@ -92,6 +92,19 @@ class WorkerService(WorkerServicer):
             raise
         return pb.StartResponse(warmup_s=time.perf_counter() - began_s)
 
+    def Compile(self, request: pb.CompileRequest, context: grpc.ServicerContext) -> pb.CompileResponse:
+        from manta.workers.grammars import GrammarError
+
+        runner = self._runner
+        if runner is None or runner.grammars is None:
+            self._abort(context, OrderError("Compile came before Start, or to a rank that does not sample"))
+        else:
+            try:
+                runner.grammars.compile(request.grammar)
+            except GrammarError as error:
+                context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        return pb.CompileResponse()
+
     def Run(self, request_iterator: Iterator[pb.StepPlan], context: grpc.ServicerContext) -> Iterator[pb.StepResult]:
         try:
             yield from self.run(request_iterator)

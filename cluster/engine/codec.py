@@ -8,8 +8,16 @@ from itertools import chain
 import numpy as np
 
 from manta.configs.sampling import SamplingParams
+from manta.configs.structured_outputs import GrammarKind, StructuredOutputsParams
 from manta.protos import sampling_pb2, worker_pb2
 from manta.scheduler.types import SeqAdd, StepPlan, StepResult
+
+_GRAMMAR_KINDS: dict[GrammarKind, sampling_pb2.Grammar.Kind] = {
+    "json_schema": sampling_pb2.Grammar.JSON_SCHEMA,
+    "regex": sampling_pb2.Grammar.REGEX,
+    "ebnf": sampling_pb2.Grammar.EBNF,
+    "structural_tag": sampling_pb2.Grammar.STRUCTURAL_TAG,
+}
 
 
 @dataclass(slots=True)
@@ -82,7 +90,13 @@ def encode_sampling(params: SamplingParams, bad_words: Sequence[Sequence[int]] =
         bad_words=[int32_bytes(word) for word in bad_words],
         bias_token_ids=int32_bytes(list(params.logit_bias)) if params.logit_bias else b"",
         biases=np.array(list(params.logit_bias.values()), "<f4").tobytes() if params.logit_bias else b"",
+        grammar=_encode_grammar(params.structured_outputs) if params.structured_outputs else None,
     )
+
+
+def _encode_grammar(constraint: StructuredOutputsParams) -> sampling_pb2.Grammar:
+    kind, text = constraint.grammar_text()
+    return sampling_pb2.Grammar(kind=_GRAMMAR_KINDS[kind], text=text)
 
 
 def int32_bytes(values: object) -> bytes:

@@ -3,11 +3,13 @@
 import asyncio
 import logging
 from collections.abc import Callable
+from functools import partial
 
 from manta.cluster.engine.admission import build_request
 from manta.cluster.engine.block_tables import block_tables
 from manta.cluster.engine.bringup import Deployment
 from manta.cluster.engine.frontend import MAX_PENDING_BYTES, Frontend
+from manta.cluster.engine.grammars import GrammarGate
 from manta.cluster.engine.metrics import EngineCollector, ReplicaMetrics, render
 from manta.cluster.engine.publisher import Publisher
 from manta.cluster.engine.replica import Deadlines, ReplicaLoop
@@ -54,6 +56,7 @@ class Engine:
             ReplicaLoop(index, group, self.scheduler, metrics, self._publisher.publish, deadlines or Deadlines())
             for index, (group, metrics) in enumerate(zip(deployment.groups, self._metrics, strict=True))
         ]
+        self._grammars = GrammarGate(deployment.groups)
         self._tasks: list[asyncio.Task[None]] = []
         self._draining = False
         self._all_lost = asyncio.Event()
@@ -68,6 +71,7 @@ class Engine:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._grammars.close()
         self._publisher.fail_all("the engine is shutting down")
         await self.deployment.close()
 
@@ -86,9 +90,20 @@ class Engine:
 
     def submit(self, frontend: Frontend, submit: pb.Submit) -> None:
         """Queues a request, or tells the frontend why not. Raises ValueError when the handle is in use."""
-        publisher = self._publisher
-        request_id = publisher.open_request(frontend, submit.handle)
+        request_id = self._publisher.open_request(frontend, submit.handle)
         refused = self._refusal()
+        if refused is None and submit.sampling.HasField("grammar"):
+            ready = partial(self._enqueue, frontend, submit, request_id)
+            refused = self._grammars.hold(request_id, submit.sampling.grammar, ready)
+            if refused is None:
+                return
+        self._enqueue(frontend, submit, request_id, refused)
+
+    def _enqueue(self, frontend: Frontend, submit: pb.Submit, request_id: int, refused: pb.Refused | None) -> None:
+        """Gives an open request to the scheduler unless it is refused already, or has ended while it was held."""
+        if frontend.requests.get(submit.handle) != request_id:
+            return
+        publisher = self._publisher
         if refused is None:
             try:
                 self.scheduler.add(build_request(submit, request_id, self._spec, publisher.clock()))
@@ -108,8 +123,15 @@ class Engine:
     def abort(self, frontend: Frontend, handles: list[int]) -> None:
         """Ends requests with reason "abort"; those that have ended already are ignored."""
         for handle in handles:
-            if handle in frontend.requests:
-                self._publisher.publish(self.scheduler.abort(frontend.requests[handle]), 0)
+            request_id = frontend.requests.get(handle)
+            if request_id is None:
+                continue
+            if self._grammars.drop(request_id):
+                self._metrics[0].finished["abort"] += 1
+                frontend.add_finished(pb.Finished(handle=handle, reason="abort"))
+                self._publisher.close_request(frontend, handle)
+            else:
+                self._publisher.publish(self.scheduler.abort(request_id), 0)
         self._wake()
 
     async def drain(self, timeout_s: float) -> bool:

@@ -6,10 +6,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from manta.cluster.llm import LLM
     from manta.configs.sampling import SamplingParams
+    from manta.configs.structured_outputs import StructuredOutputsParams
 
-__all__ = ["LLM", "SamplingParams", "__version__"]
+__all__ = ["LLM", "SamplingParams", "StructuredOutputsParams", "__version__"]
 
-_HOMES = {"LLM": "manta.cluster.llm", "SamplingParams": "manta.configs.sampling"}
+_HOMES = {
+    "LLM": "manta.cluster.llm",
+    "SamplingParams": "manta.configs.sampling",
+    "StructuredOutputsParams": "manta.configs.structured_outputs",
+}
 
 # In a wheel the other folders lie beside this file. In a checkout (an editable install) they lie two levels up, and
 # the editable finder looks for packages without an __init__.py only under namespace packages, which `manta` is not.

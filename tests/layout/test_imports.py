@@ -17,7 +17,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "kernels": (set(), {"torch", "triton", "numba", "llvmlite", "numpy"}),
     "workers": (
         {"configs", "protos", "kernels"},
-        {"torch", "numpy", "safetensors", "transformers", "huggingface_hub", "pydantic"} | GRPC,
+        {"torch", "numpy", "safetensors", "transformers", "huggingface_hub", "pydantic", "xgrammar"} | GRPC,
     ),
     "cluster": (
         {"configs", "protos", "scheduler"},
