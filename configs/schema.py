@@ -10,6 +10,8 @@ from manta.configs.api_keys import hash_keys
 DTypeChoice = Literal["auto", "bfloat16", "float16", "float32"]
 KVCacheDType = Literal["auto", "fp8", "fp8_e4m3"]
 AttentionBackend = Literal["auto", "triton", "flashinfer", "sdpa"]
+ToolFormat = Literal["hermes", "llama3_json", "mistral", "pythonic", "qwen3_coder"]
+ReasoningTags = Literal["deepseek_r1", "glm45", "mistral", "qwen3", "seed_oss"]
 
 
 def option(default: Any, group: str, help: str, short: str | None = None, **constraints: Any) -> Any:
@@ -96,6 +98,11 @@ class ServeConfig(BaseModel):
     port: int = option(8000, "Front end", "HTTP port", ge=0, le=65535)
     grpc_port: int = option(50051, "Front end", "gRPC port", ge=0, le=65535)
     api_server_count: int = option(1, "Front end", "frontend processes that share the two ports", ge=1, le=64)
+    enable_auto_tool_choice: bool = option(False, "Front end", "let the model decide whether it calls tools")
+    tool_call_parser: ToolFormat | None = option(None, "Front end", "how the model writes calls of tools")
+    reasoning_parser: ReasoningTags | None = option(
+        None, "Front end", "how the model marks what it thinks; chat tells it beside the content"
+    )
     shutdown_timeout: float = option(
         30.0, "Front end", "seconds that running requests get to finish on shutdown", ge=0.0
     )
@@ -131,6 +138,8 @@ class ServeConfig(BaseModel):
             )
         if self.block_size & (self.block_size - 1):
             raise ValueError(f"block_size={self.block_size} must be a power of two")
+        if self.enable_auto_tool_choice and self.tool_call_parser is None:
+            raise ValueError("enable_auto_tool_choice needs tool_call_parser: how the model writes calls")
         self._check_kernels()
         self._check_tls()
         if self.port and self.port == self.grpc_port:
