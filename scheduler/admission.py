@@ -5,8 +5,23 @@ from collections.abc import Sequence as Many
 from manta.scheduler.block_pool import BlockPool
 from manta.scheduler.draft import Draft
 from manta.scheduler.replica import Replica
-from manta.scheduler.sequence import Sequence
+from manta.scheduler.sequence import Sequence, Status
 from manta.scheduler.types import Capacity, RefusedError, Request, SeqAdd, TooLongError
+
+
+def check_beams_fit(request: Request, width: int, capacities: Many[Capacity], enable_chunked_prefill: bool) -> None:
+    """As check_fits, for `width` beams that share the full blocks of the prompt and may share no others."""
+    check_fits(request, capacities, enable_chunked_prefill)
+    num_prompt, max_model_len = len(request.prompt), min(capacity.max_model_len for capacity in capacities)
+    num_kv = min(num_prompt + request.max_tokens, max_model_len) - 1
+    for capacity in capacities:
+        num_shared = num_prompt // capacity.block_size
+        needed = num_shared + width * (blocks_for(num_kv, capacity.block_size) - num_shared)
+        if needed > capacity.num_blocks:
+            raise TooLongError(
+                f"prompt has {num_prompt} tokens and max_tokens is {request.max_tokens}, for which {width} beams need "
+                f"up to {needed} blocks of {capacity.block_size} tokens; there are {capacity.num_blocks}"
+            )
 
 
 def blocks_for(num_tokens: int, block_size: int) -> int:
@@ -65,36 +80,80 @@ class Admission:
         replica, pool = self._replica, self._replica.pool
         if self._short == (sequence, pool, pool.num_freed):
             return -1
-        num_tokens, block_size = len(sequence.tokens), replica.capacity.block_size
-        hits = replica.find_prefix(sequence)
-        if sequence.num_scored < sequence.num_to_score:  # records come of what is computed
-            del hits[sequence.num_scored // block_size :]
-        num_new = blocks_for(num_tokens, block_size) - len(hits)
-        # One token at least must be computed, and that writes: a prefix that covers all ends in a copy.
-        copies_last = num_new == 0
-        # A step copies blocks before it computes: what it fills itself cannot be copied yet.
-        if copies_last and (hits[-1] in draft.filling or not self._has_blocks(hits, 1)):
-            hits.pop()
-            num_new, copies_last = 1, False
-        if not self._has_blocks(hits, num_new):
+        if sequence.status is Status.PARKED:
+            return self._resume(sequence, draft)
+        num_tokens = len(sequence.tokens)
+        hits, num_cached = self._find_computed(sequence, draft)
+        num_new = blocks_for(num_tokens, replica.capacity.block_size) - len(hits)
+        # What is computed next is written to a block of one's own: one that is shared in part is copied.
+        copies_last = num_cached < len(hits) * replica.capacity.block_size
+        if not self._has_blocks(hits, num_new + copies_last):
             self._short = (sequence, pool, pool.num_freed)
             return -1
-        num_cached = num_tokens - 1 if copies_last else len(hits) * block_size
         if not self._may_start(num_tokens - num_cached, budget):
             return -1
         pool.share(hits)
         sequence.blocks = hits
-        sequence.num_published = num_cached // block_size
+        sequence.num_published = num_cached // replica.capacity.block_size
         if copies_last:
-            source = hits[-1]
-            sequence.blocks[-1] = pool.writable(source, until=replica.step + 1)
-            draft.copies.append((source, sequence.blocks[-1]))
+            self._own_last_block(sequence, draft)
         sequence.blocks += pool.take(num_new)
         sequence.num_planned = sequence.num_computed = num_cached
-        replica.enter(sequence, draft.lane)
-        draft.adds.append(_seq_add(sequence))
-        draft.add_prefill(sequence, min(budget, num_tokens - num_cached))
+        self._enter(sequence, draft, min(budget, num_tokens - num_cached))
         return num_cached
+
+    def _find_computed(self, sequence: Sequence, draft: Draft) -> tuple[list[int], int]:
+        """Blocks to share that hold the KV of the first tokens, and of how many of these; one at least is left."""
+        replica, block_size = self._replica, self._replica.capacity.block_size
+        if sequence.num_scored < sequence.num_to_score:  # records come of what is computed
+            hits = replica.find_prefix(sequence)
+            del hits[sequence.num_scored // block_size :]
+            return hits, len(hits) * block_size
+        donation = sequence.group.donor(sequence, replica.index) if sequence.group is not None else None
+        if donation is not None and sequence.beam is not None:  # what a search needs at most counts on shared blocks
+            return donation[0].blocks[: blocks_for(donation[1], block_size)], donation[1]
+        hits, num_tokens = replica.find_prefix(sequence), len(sequence.tokens)
+        num_cached = len(hits) * block_size
+        if num_cached == num_tokens:
+            # A prefix that covers all ends in a copy. A step copies blocks before it computes: what it fills itself
+            # cannot be copied yet.
+            if hits[-1] not in draft.filling and self._has_blocks(hits, 1):
+                num_cached = num_tokens - 1
+            else:
+                hits.pop()
+                num_cached -= block_size
+        if donation is not None and donation[1] > num_cached:
+            return donation[0].blocks[: blocks_for(donation[1], block_size)], donation[1]
+        return hits, num_cached
+
+    def _resume(self, sequence: Sequence, draft: Draft) -> int:
+        """As `admit`, for a sequence that has its blocks. Its last token begins a block, or writes to a shared one, or
+        to one of its own."""
+        pool = self._replica.pool
+        index = sequence.num_computed // self._replica.capacity.block_size
+        begins_block = index == len(sequence.blocks)
+        if begins_block or not pool.is_own(sequence.blocks[index]):
+            if not pool.num_free:
+                self._short = (sequence, pool, pool.num_freed)
+                return -1
+            if begins_block:
+                sequence.blocks += pool.take(1)
+            else:
+                self._own_last_block(sequence, draft)
+        del self._replica.parked[sequence]
+        self._enter(sequence, draft, 1)
+        return sequence.num_computed
+
+    def _own_last_block(self, sequence: Sequence, draft: Draft) -> None:
+        source = sequence.blocks[-1]
+        sequence.blocks[-1] = self._replica.pool.writable(source, until=self._replica.step + 1)
+        if sequence.blocks[-1] != source:
+            draft.copies.append((source, sequence.blocks[-1]))
+
+    def _enter(self, sequence: Sequence, draft: Draft, num_tokens: int) -> None:
+        self._replica.enter(sequence, draft.lane)
+        draft.adds.append(_seq_add(sequence))
+        draft.add_prefill(sequence, num_tokens)
 
     def _has_blocks(self, hits: list[int], num_new: int) -> bool:
         """Whether `num_new` blocks can be taken beside `hits`. One in a hundred stays free for those that run: who

@@ -65,11 +65,15 @@ class BlockPool:
     def writable(self, block: int, until: int | None) -> int:
         """The block to write instead of `block`: itself when nobody else can read it, else a fresh one, to which the
         caller has the content copied. Gives the reference to `block` back as `release` does. Takes up to one block."""
-        if self.refs[block] == 1 and self.hashes[block] is None:
+        if self.is_own(block):
             return block
         (copy,) = self.take(1)
         self.release([block], until)
         return copy
+
+    def is_own(self, block: int) -> bool:
+        """Whether the one table it is in may write to it: nobody else can read it."""
+        return self.refs[block] == 1 and self.hashes[block] is None
 
     def release(self, table: Sequence[int], until: int | None) -> None:
         """Gives back one reference to each block, the last of the table first, so that shared prefixes are evicted

@@ -41,10 +41,8 @@ def _give_by_rank(draft: Draft, preempt: Preempt) -> None:
                 replica.starved[sequence.slot] = sequence
                 draft.held.append(sequence)
                 break
-            preempt(_last_in_rank(replica))
+            preempt(last_in_rank(replica))
 
 
-def _last_in_rank(replica: Replica) -> Sequence:
-    if replica.use_priority:
-        return max(replica.residents.values(), key=lambda sequence: sequence.rank)
-    return next(reversed(replica.residents.values()))
+def last_in_rank(replica: Replica) -> Sequence:
+    return max([*replica.residents.values(), *replica.parked], key=lambda sequence: sequence.rank)

@@ -1,8 +1,10 @@
 """Checks the scheduler's books against each other. Raises AssertionError that names what is broken."""
 
 from collections import Counter
+from collections.abc import Iterable
 
 from manta.scheduler.block_pool import BlockPool
+from manta.scheduler.group import Group
 from manta.scheduler.lane import Lane
 from manta.scheduler.replica import Replica
 from manta.scheduler.sequence import Sequence, Status
@@ -11,11 +13,19 @@ from manta.scheduler.waiting import WaitingQueue
 
 def check_replica(replica: Replica) -> None:
     residents = list(replica.residents.values())
-    tables = Counter(block for sequence in residents for block in sequence.blocks)
+    tables = Counter(block for sequence in [*residents, *replica.parked] for block in sequence.blocks)
     check_pool(replica.pool, tables)
     assert bool(replica.in_flight) or not replica.pool.limbo, "blocks are in limbo with nothing in flight"
     assert all(until <= replica.step for until in replica.pool.limbo.values()), "a block waits for an unplanned step"
     _check_slots(replica)
+    for sequence in replica.parked:
+        name = f"a parked beam of request {sequence.request.id}"
+        assert (sequence.status, sequence.replica) == (Status.PARKED, replica.index), f"{name} is elsewhere"
+        expected = -(-sequence.num_computed // replica.capacity.block_size)
+        assert sequence.slot == -1, f"{name} has a slot"
+        assert len(sequence.blocks) == expected, f"{name} has {len(sequence.blocks)} blocks, not {expected}"
+    for sequence in replica.followers:
+        assert sequence.status in (Status.WAITING, Status.PARKED), f"a follower is {sequence.status.value}"
     stop_ids = (token for sequence in residents for token in sequence.request.stop_token_ids)
     assert replica.stops.agrees_with(stop_ids), "the stop table is not that of the resident sequences"
     for sequence in residents:
@@ -47,6 +57,23 @@ def check_pool(pool: BlockPool, tables: Counter[int]) -> None:
             assert pool.by_hash.get(block_hash) == block, f"the index does not lead to block {block}"
     num_hashes = sum(block_hash is not None for block_hash in pool.hashes)
     assert num_hashes == len(pool.by_hash), f"{num_hashes} blocks have a hash, the index has {len(pool.by_hash)}"
+
+
+def check_groups(groups: Iterable[Group], here: list[Sequence]) -> None:
+    """`here`: whoever waits, follows or is resident, each once."""
+    assert len({id(sequence) for sequence in here}) == len(here), "a sequence is in two places"
+    places = Counter(id(sequence.group) for sequence in here if sequence.group is not None)
+    answered = 0
+    for group in groups:
+        answered = sum(bool(member.beam is not None and member.beam.record) for member in group.members)
+        name = f"the group of request {group.members[0].request.id}"
+        num_here = places.pop(id(group), 0)
+        assert num_here == len(group.members) - answered, (
+            f"{name} has {len(group.members)} members, {num_here} are here"
+        )
+        assert not group.pending or group.has_leader(), f"{name} waits for nobody"
+        assert num_here, f"{name} is waited for by nobody"
+    assert not places, "a group is not known"
 
 
 def check_waiting(queue: WaitingQueue) -> None:

@@ -36,7 +36,10 @@ def route_logprobs(step: InFlightStep, slots: SlotTable, data: bytes, events: Ev
         if slot not in step.left and begin < end:
             num_known = min(max(sequence.num_scored - prefill.start, 0), num_scored)
             prompt = data[begin + size * num_known : prompt_end]
-            events.logprobs.append(Logprobs(request.id, prompt, data[prompt_end:end]))
+            if sequence.beam is not None:
+                sequence.beam.record = data[prompt_end:end]
+            else:
+                events.logprobs.append(Logprobs(request.id, prompt, data[prompt_end:end]))
             sequence.num_scored = max(sequence.num_scored, prefill.start + num_scored)
         begin = end
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from manta.scheduler.beams import take_answers
 from manta.scheduler.in_flight import InFlightStep
 from manta.scheduler.logprobs import route_logprobs
 from manta.scheduler.replica import Replica
@@ -24,8 +25,12 @@ def apply_result(replica: Replica, result: StepResult, events: Events) -> None:
     if step.prefills:
         _apply_prefills(replica, step, result.tokens[num_rows:], events)
     # Who ended by a stop token at the limit has left, and with that the step's `ending`.
-    for sequence in list(step.ending.values()):
-        finish(replica, sequence, "length", None, events)
+    if step.ending:
+        ending = list(step.ending.values())
+        for sequence in ending:
+            if sequence.beam is None:
+                finish(replica, sequence, "length", None, events)
+        take_answers(replica, [sequence for sequence in ending if sequence.beam is not None], events)
 
 
 def finish(replica: Replica, sequence: Sequence, reason: FinishReason, stop_token: int | None, events: Events) -> None:
@@ -58,7 +63,7 @@ def _apply_prefills(replica: Replica, step: InFlightStep, tokens: Tokens, events
             continue
         sequence = prefill.sequence
         sequence.num_computed += prefill.num_tokens
-        if token is not None:
+        if token is not None and sequence.beam is None:
             num_tokens = len(sequence.tokens)
             replica.slots.tokens[slot, num_tokens] = token
             new_ids.append(sequence.request.id)

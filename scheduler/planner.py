@@ -6,7 +6,8 @@ of everyone in the lane who decodes, the next chunks of prompts already begun, a
 
 from manta.scheduler.admission import Admission
 from manta.scheduler.draft import Draft
-from manta.scheduler.growth import give_blocks
+from manta.scheduler.group import BeamGroup, listening
+from manta.scheduler.growth import give_blocks, last_in_rank
 from manta.scheduler.replica import Replica
 from manta.scheduler.sequence import Sequence, Status
 from manta.scheduler.types import Counters, Events, Started, StepPlan
@@ -29,16 +30,31 @@ class Planner:
         replica = self._replica
         if len(replica.in_flight) >= replica.capacity.max_in_flight:
             return None
+        plan = self._plan_step()
+        while plan is None and replica.parked and not replica.in_flight and (replica.followers or self._queue):
+            # Beams that wait hold what others, or they themselves, need: nobody else will make room.
+            self._preempt(last_in_rank(replica))
+            plan = self._plan_step()
+        return plan
+
+    def _plan_step(self) -> StepPlan | None:
+        replica = self._replica
         for turn in range(len(replica.lanes)):
             draft = Draft(replica, replica.lanes[(replica.next_lane + turn) % len(replica.lanes)])
             give_blocks(draft, self._preempt)
             budget = replica.capacity.max_num_batched_tokens - draft.num_decodes
+            has_room = True
+            if replica.followers:
+                num_tokens, has_room = self._admit_followers(draft, budget)
+                budget -= num_tokens
             if draft.lane.prefilling:
                 budget -= self._continue_prefills(draft, budget)
-            if self._queue:
+            if self._queue and has_room:
                 self._admit(draft, budget)
             if not draft.is_empty:
-                return draft.commit()
+                plan = draft.commit()
+                self._call_pending(draft)
+                return plan
         return None
 
     @staticmethod
@@ -48,10 +64,45 @@ class Planner:
         for sequence in draft.lane.prefilling.values():
             if not left:
                 break
+            if sequence.slot in draft.prefills:  # it has just come
+                continue
             num_tokens = min(left, len(sequence.tokens) - sequence.num_planned)
             draft.add_prefill(sequence, num_tokens)
             left -= num_tokens
         return budget - left
+
+    def _admit_followers(self, draft: Draft, budget: int) -> tuple[int, bool]:
+        """In order. Returns how much of the budget they take, and whether there may be room for others."""
+        replica, left = self._replica, budget
+        for sequence in list(replica.followers):
+            num_waiting = len(replica.followers) + len(self._queue)
+            if not left or not self._admission.has_room(draft, num_waiting):
+                return budget - left, False
+            group = sequence.group
+            if sequence.status is Status.WAITING and group is not None and group.awaits_donor(sequence, replica.index):
+                continue
+            if self._admission.admit(sequence, draft, left) < 0:
+                return budget - left, False
+            replica.followers.remove(sequence)
+            left -= draft.prefills[sequence.slot].num_tokens
+            if not sequence.started:
+                sequence.started = True
+                self._events.started.append(Started(sequence.request, 0, is_follower=True))
+        return budget - left, True
+
+    def _call_pending(self, draft: Draft) -> None:
+        """Leaders whose prompts the step computes to the end: those that waited for them come next, in this replica as
+        far as there are slots. Beams always do: they use each other's blocks."""
+        replica = self._replica
+        for prefill in draft.prefills.values():
+            group = prefill.sequence.group
+            if group is None or not group.pending or not prefill.samples:
+                continue
+            called, group.pending = group.pending, []
+            num_near = len(called) if prefill.sequence.beam is not None else len(replica.slots.free)
+            replica.followers += called[:num_near]
+            for sequence in reversed(called[num_near:]):
+                self._queue.push_front(sequence)
 
     def _admit(self, draft: Draft, budget: int) -> None:
         while budget > 0 and self._admission.has_room(draft, len(self._queue)):
@@ -65,12 +116,28 @@ class Planner:
             budget -= draft.prefills[sequence.slot].num_tokens
             if not sequence.started:
                 sequence.started = True
-                self._events.started.append(Started(sequence.request, num_cached))
+                self._tell_started(sequence, num_cached)
                 if self._replica.enable_prefix_caching:
                     self._counters.num_prefix_queries += len(sequence.tokens)
                     self._counters.num_prefix_hits += num_cached
 
+    def _tell_started(self, sequence: Sequence, num_cached: int) -> None:
+        if not isinstance(sequence.group, BeamGroup):
+            self._events.started.append(Started(sequence.request, num_cached))
+            return
+        first, *others = listening(sequence.group)
+        self._events.started.append(Started(first, num_cached))
+        self._events.started += [Started(request, 0, is_follower=True) for request in others]
+
     def _preempt(self, sequence: Sequence) -> None:
-        self._replica.leave(sequence, Status.WAITING)
-        self._queue.push_front(sequence)
+        """Its blocks go; what it needs to go on with is computed again."""
+        replica = self._replica
         self._counters.num_preemptions += 1
+        if sequence.status is Status.PARKED:
+            replica.unpark(sequence, Status.WAITING)
+            return  # a follower, or one that is answered and only kept its blocks for those to come
+        replica.leave(sequence, Status.WAITING)
+        if sequence.beam is not None and sequence.started:
+            replica.followers.insert(0, sequence)
+        else:
+            self._queue.push_front(sequence)

@@ -42,8 +42,10 @@ class Replica:
         self.stops = StopTable()
         self.lanes = [Lane(i, capacity.block_size, capacity.max_num_seqs) for i in range(capacity.num_lanes)]
         self.next_lane = 0
-        self.residents: dict[int, Sequence] = {}  # by slot, in order of admission
+        self.residents: dict[int, Sequence] = {}  # by slot
         self.num_asking = 0  # residents that want log-probabilities
+        self.parked: dict[Sequence, None] = {}  # have blocks and no slot
+        self.followers: list[Sequence] = []  # waiting or parked; they enter this replica before anyone from the queue
         self.starved: dict[int, Sequence] = {}  # by slot: held back for want of a block that limbo will give
         self.in_flight: deque[InFlightStep] = deque()
         self._filled: dict[int, int] = {}  # by slot: full blocks of decoding sequences, perhaps not published yet
@@ -55,8 +57,9 @@ class Replica:
         sequence.slot = self.slots.take(sequence)
         sequence.replica = self.index
         sequence.status = Status.PREFILLING
-        sequence.rank = (sequence.request.priority if self.use_priority else 0, self.num_admitted)
-        self.num_admitted += 1
+        if sequence.beam is None or not sequence.started:  # a beam keeps the place of its search
+            sequence.rank = (sequence.request.priority if self.use_priority else 0, self.num_admitted)
+            self.num_admitted += 1
         self.residents[sequence.slot] = sequence
         self.stops.add(sequence.request.stop_token_ids)
         self.num_asking += sequence.request.asks_logprobs
@@ -68,22 +71,46 @@ class Replica:
         num_tokens = self.num_tokens(sequence)
         self.publish(sequence, self.num_computed(sequence) // self.capacity.block_size)
         sequence.tokens = self.slots.tokens[slot, :num_tokens].copy()
-        self.lanes[sequence.lane].leave(sequence)
-        until = self.step if self.in_flight else None
-        self.pool.release(sequence.blocks, until)
-        self.slots.release(slot, until)
-        self.stops.remove(sequence.request.stop_token_ids)
-        self.num_asking -= sequence.request.asks_logprobs
-        del self.residents[slot]
+        self._vacate(sequence, self.last_in_flight)
         self._filled.pop(slot, None)
         self.starved.pop(slot, None)
         for step in self.in_flight:
             step.drop(slot)
+        self._forget_blocks(sequence, status)
+
+    def park(self, sequence: Sequence) -> None:
+        """The last step of a sequence is answered: it gives back its slot, at once, and keeps its blocks."""
+        self._vacate(sequence, None)
+        sequence.status = Status.PARKED
+        self.parked[sequence] = None
+
+    def unpark(self, sequence: Sequence, status: Status) -> None:
+        """Gives back the blocks of a parked sequence."""
+        del self.parked[sequence]
+        self._forget_blocks(sequence, status)
+
+    def _vacate(self, sequence: Sequence, until: int | None) -> None:
+        """Lane and slot are without it; the slot may be taken again once step `until` is answered."""
+        slot = sequence.slot
+        self.lanes[sequence.lane].leave(sequence)
+        self.slots.release(slot, until)
+        self.stops.remove(sequence.request.stop_token_ids)
+        self.num_asking -= sequence.request.asks_logprobs
+        del self.residents[slot]
         self.frees.append(slot)
+        sequence.slot = sequence.lane = -1
+
+    def _forget_blocks(self, sequence: Sequence, status: Status) -> None:
+        self.pool.release(sequence.blocks, self.last_in_flight)
         sequence.status = status
-        sequence.replica = sequence.slot = sequence.lane = -1
+        sequence.replica = -1
         sequence.blocks = []
         sequence.num_planned = sequence.num_computed = sequence.num_published = 0
+
+    @property
+    def last_in_flight(self) -> int | None:
+        """What is given back may be used again once this step is answered."""
+        return self.step if self.in_flight else None
 
     def num_tokens(self, sequence: Sequence) -> int:
         """Tokens of a resident sequence whose values are known."""

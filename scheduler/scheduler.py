@@ -2,15 +2,18 @@
 `apply` takes their answer. Synchronous and deterministic; no clock, no I/O.
 """
 
+from dataclasses import replace
 from typing import Literal
 
-from manta.scheduler.admission import check_fits
-from manta.scheduler.integrity import check_replica, check_waiting
+from manta.scheduler.admission import check_beams_fit, check_fits
+from manta.scheduler.beam_search import BeamParams, BeamSearch
+from manta.scheduler.group import BeamGroup, Group, listening
+from manta.scheduler.integrity import check_groups, check_replica, check_waiting
 from manta.scheduler.outcome import apply_result, finish
 from manta.scheduler.planner import Planner
 from manta.scheduler.prefix import PrefixHasher
 from manta.scheduler.replica import Replica
-from manta.scheduler.sequence import Sequence, Status
+from manta.scheduler.sequence import Beam, Sequence, Status
 from manta.scheduler.snapshot import Snapshot, take_snapshot
 from manta.scheduler.types import (
     Capacity,
@@ -53,7 +56,9 @@ class Scheduler:
         self._max_num_queued_reqs = max_num_queued_reqs
         self._max_num_queued_tokens = max_num_queued_tokens
         self._num_arrived = 0
-        self._sequences: dict[int, Sequence] = {}  # by request id, waiting or resident
+        self._sequences: dict[int, Sequence] = {}  # by request id, waiting or resident; without beams
+        self._searches: dict[int, BeamGroup] = {}  # by request id
+        self._groups: dict[Group, None] = {}
         self._queue: WaitingQueue = PriorityQueue() if policy == "priority" else FcfsQueue()
         self._events = Events()
         hasher = PrefixHasher(self._max_model_len if enable_prefix_caching else 0, replicas[0].block_size)
@@ -72,8 +77,7 @@ class Scheduler:
         Raises TooLongError if it can never run, QueueFullError if it may be taken later, RefusedError for an empty
         prompt or no tokens to generate, ValueError if its id is in use.
         """
-        if request.id in self._sequences:
-            raise ValueError(f"request id {request.id} is in use")
+        self._check_ids([request])
         check_fits(request, self._capacities, self._enable_chunked_prefill)
         sequence = Sequence.of(request, self._num_arrived, self._max_model_len)
         num_tokens = len(sequence.tokens)
@@ -85,18 +89,111 @@ class Scheduler:
         self._sequences[request.id] = sequence
         self._queue.push(sequence)
 
+    def add_group(self, requests: list[Request]) -> None:
+        """As `add`, for several samples of one prompt, none of which has output yet: it is computed once, and they
+        share its blocks. They differ in id and sampling. All of them are taken, or none."""
+        self._check_ids(requests)
+        check_fits(requests[0], self._capacities, self._enable_chunked_prefill)
+        self._check_queue(len(requests[0].prompt))
+        group = Group()
+        for request in requests:
+            sequence = Sequence.of(request, self._num_arrived, self._max_model_len)
+            sequence.group = group
+            self._num_arrived += 1
+            self._sequences[request.id] = sequence
+            group.members.append(sequence)
+        self._groups[group] = None
+        self._queue.push(group.members[0])
+        group.pending = group.members[1:]
+
+    def add_search(self, requests: list[Request], params: BeamParams) -> None:
+        """As `add`, for a beam search, whose best hypotheses `requests` get. These differ in id alone; stop tokens are
+        those of `params`, and what they ask of log-probabilities does not count. They hear nothing until the search is
+        over. Their `sampling` must ask for the log-probabilities of params.num_candidates tokens.
+
+        Raises ValueError for more requests than beams.
+        """
+        if len(requests) > params.width:
+            raise ValueError(f"{len(requests)} hypotheses are asked of a search with {params.width} beams")
+        self._check_ids(requests)
+        first = requests[0]
+        check_beams_fit(first, params.width, self._capacities, self._enable_chunked_prefill)
+        self._check_queue(len(first.prompt))
+        max_length = min(len(first.prompt) + first.max_tokens, self._max_model_len)
+        search = BeamSearch(params, len(first.prompt), max_length, first.min_tokens)
+        group = BeamGroup(requests=list(requests), search=search)
+        step = replace(first, stop_token_ids=frozenset(), num_logprobs=params.num_candidates, num_prompt_logprobs=None)
+        root = Sequence.of(step, self._num_arrived, self._max_model_len)
+        root.max_length = len(root.tokens) + 1
+        root.group, root.beam = group, Beam()
+        group.members = [root]
+        self._num_arrived += 1
+        self._searches |= dict.fromkeys((request.id for request in requests), group)
+        self._groups[group] = None
+        self._queue.push(root)
+
+    def _check_ids(self, requests: list[Request]) -> None:
+        ids = [request.id for request in requests]
+        for id in ids:
+            if id in self._sequences or id in self._searches or ids.count(id) > 1:
+                raise ValueError(f"request id {id} is in use")
+
     def abort(self, request_id: int) -> Events:
         """Ends a request wherever it is. Its tokens in flight are dropped. An unknown id changes nothing."""
         sequence = self._sequences.pop(request_id, None)
+        group = self._searches.pop(request_id, None)
         if sequence is not None:
             if sequence.status is Status.WAITING:
-                self._queue.remove(sequence)
-                sequence.status = Status.FINISHED
+                self._stop_waiting(sequence)
                 num_output_tokens = len(sequence.tokens) - len(sequence.request.prompt)
                 self._events.finished.append(Finished(sequence.request, "abort", None, num_output_tokens))
             else:
                 finish(self._replicas[sequence.replica], sequence, "abort", None, self._events)
+            self._leave_group(sequence)
+        elif group is not None:
+            self._abort_search(group, request_id)
         return self.take_events()
+
+    def _abort_search(self, group: BeamGroup, request_id: int) -> None:
+        """One of its requests leaves; with the last one the search ends."""
+        for place, request in enumerate(group.requests):
+            if request is not None and request.id == request_id:
+                group.requests[place] = None
+                self._events.finished.append(Finished(request, "abort"))
+        if any(request is not None for request in group.requests):
+            return
+        for member in group.members:
+            if member.status is Status.PARKED:
+                replica = self._replicas[member.replica]
+                replica.unpark(member, Status.FINISHED)
+                if member in replica.followers:
+                    replica.followers.remove(member)
+            elif member.status is not Status.WAITING:
+                self._replicas[member.replica].leave(member, Status.FINISHED)
+            elif not (member.beam and member.beam.record):
+                self._stop_waiting(member)
+        del self._groups[group]
+
+    def _stop_waiting(self, sequence: Sequence) -> None:
+        """A waiting sequence ends; it is in the queue, or waits for a leader, or follows one."""
+        sequence.status = Status.FINISHED
+        if sequence.group is not None:
+            for waiting in (sequence.group.pending, *(replica.followers for replica in self._replicas)):
+                if sequence in waiting:
+                    waiting.remove(sequence)
+                    return
+        self._queue.remove(sequence)
+
+    def _leave_group(self, sequence: Sequence) -> None:
+        """The sequence has ended. Where it was to compute the prompt for others, one of these does."""
+        group = sequence.group
+        if group is None:
+            return
+        group.members.remove(sequence)
+        if group.pending and not group.has_leader():
+            self._queue.push_front(group.pending.pop(0))
+        if not group.members:
+            del self._groups[group]
 
     def plan(self, replica: int = 0) -> StepPlan | None:
         """The replica's next step; None if there is nothing to run now or max_in_flight plans are unanswered. Every
@@ -113,6 +210,9 @@ class Scheduler:
             sequence = self._sequences.get(finished.request.id)
             if sequence is not None and sequence.status is Status.FINISHED:
                 del self._sequences[finished.request.id]
+                self._leave_group(sequence)
+            elif (group := self._searches.pop(finished.request.id, None)) is not None:
+                self._groups.pop(group, None)
         return self.take_events()
 
     def take_events(self) -> Events:
@@ -127,20 +227,41 @@ class Scheduler:
         """The replica's workers have lost everything: its sequences go back to the queue with their tokens, first
         admitted first, and its epoch rises, so that answers to earlier plans are ignored."""
         picture = self._replicas[replica]
-        for sequence in sorted(picture.residents.values(), key=lambda sequence: sequence.rank, reverse=True):
+        waiting = sorted(picture.residents.values(), key=lambda sequence: sequence.rank)
+        for sequence in waiting:
             picture.leave(sequence, Status.WAITING)
-            self._queue.push_front(sequence)
+        for sequence in list(picture.parked):
+            picture.unpark(sequence, Status.WAITING)
+        waiting += picture.followers
         picture.clear()
+        leaders: list[Sequence] = []
+        led: set[Group] = set()
+        for sequence in waiting:
+            if sequence.group is None or sequence.group not in led:
+                leaders.append(sequence)
+            else:
+                sequence.group.pending.append(sequence)
+            if sequence.group is not None:
+                led.add(sequence.group)
+        for sequence in reversed(leaders):
+            self._queue.push_front(sequence)
 
     def check(self) -> None:
         """Raises AssertionError naming what is broken in the scheduler's own books."""
         for replica in self._replicas:
             check_replica(replica)
         check_waiting(self._queue)
-        expected = {sequence.request.id: sequence for sequence in self._queue}
+        here = list(self._queue)
         for replica in self._replicas:
-            expected |= {sequence.request.id: sequence for sequence in replica.residents.values()}
+            here += replica.residents.values()
+            here += replica.followers
+        for group in self._groups:
+            here += group.pending
+        expected = {sequence.request.id: sequence for sequence in here if sequence.beam is None}
         assert expected == self._sequences, "requests known, and requests waiting or resident, differ"
+        check_groups(self._groups, here)
+        searches = {request.id: group for group in self._groups for request in listening(group)}
+        assert searches == self._searches, "requests of searches, and searches, differ"
 
     def snapshot(self) -> Snapshot:
         """The block tables as they are now."""
@@ -148,11 +269,15 @@ class Scheduler:
 
     @property
     def num_running(self) -> int:
-        return sum(len(replica.residents) for replica in self._replicas)
+        """Sequences that have slots or, beams between two steps, blocks."""
+        return sum(len(replica.residents) + len(replica.parked) for replica in self._replicas)
 
     @property
     def num_waiting(self) -> int:
-        return len(self._queue)
+        num_waiting = len(self._queue)
+        for replica in self._replicas:
+            num_waiting += sum(sequence.status is Status.WAITING for sequence in replica.followers)
+        return num_waiting + sum(len(group.pending) for group in self._groups)
 
     @property
     def num_waiting_tokens(self) -> int:

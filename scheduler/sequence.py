@@ -15,11 +15,15 @@ Plan time runs ahead of what workers have confirmed: a planned token counts alth
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from manta.scheduler.prefix import root_hash
 from manta.scheduler.types import Request, Tokens
+
+if TYPE_CHECKING:
+    from manta.scheduler.group import Group
 
 
 class Status(Enum):
@@ -27,7 +31,14 @@ class Status(Enum):
     PREFILLING = "prefilling"  # tokens it entered with are still to be planned
     DECODING = "decoding"  # each step of its lane gives it one token
     DRAINING = "draining"  # the step of its last token is planned and not answered
+    PARKED = "parked"  # a beam between two steps: with blocks, without slot
     FINISHED = "finished"
+
+
+@dataclass(slots=True)
+class Beam:
+    cumulative_logprob: float = 0.0  # of the output so far
+    record: bytes = b""  # the answer to its step: the best tokens to go on with
 
 
 @dataclass(slots=True, eq=False)
@@ -41,7 +52,10 @@ class Sequence:
     started: bool = False  # had a slot before
     num_scored: int = 0  # tokens of the prompt, from the second on, whose records have come in
 
-    # Only while resident:
+    group: "Group | None" = None
+    beam: Beam | None = None  # of a beam's step: its group is a BeamGroup
+
+    # Only while resident, or parked without slot and lane:
     replica: int = -1
     slot: int = -1
     lane: int = -1

@@ -111,6 +111,7 @@ class Started:
 
     request: Request
     num_cached_tokens: int
+    is_follower: bool = False            # another one's prompt is its own: nothing is looked up, nothing computed
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +120,7 @@ class Finished:
     reason: FinishReason
     stop_token: int | None = None
     num_output_tokens: int = 0
+    cumulative_logprob: float | None = None  # of the output; told of what a beam search found
 
 
 @dataclass(slots=True)

@@ -128,7 +128,7 @@ def test_a_resubmitted_request_goes_on_where_it_was(lengths: list[int], num_step
     """The scheduler dies, and the frontends bring their requests, with what was delivered, to the next one."""
     capacity = Capacity(40, 4, 6, 16, 64, num_lanes)
     first, second = Deployment(capacity), Deployment(capacity)
-    asked = {"sampling": Asking("", 1, 2), "num_logprobs": 1, "num_prompt_logprobs": 2}
+    asked: dict[str, Any] = {"sampling": Asking("", 1, 2), "num_logprobs": 1, "num_prompt_logprobs": 2}
     for id, length in enumerate(lengths):
         prompt, ends = np.array(PREFIXES[0][:length], np.int32), frozenset({id, 11})
         first.add(Request(id, prompt, 8, stop_token_ids=ends, **asked))

@@ -5,9 +5,10 @@ from typing import Any
 
 import numpy as np
 
+from manta.scheduler.beam_search import BeamParams, BeamSearch, Hypothesis, Row
 from manta.scheduler.scheduler import Scheduler
 from manta.scheduler.types import Capacity, Events, Finished, Request, Started, StepPlan
-from tests.support.fake_worker import Asking, FakeWorker, generate_alone, record
+from tests.support.fake_worker import Asking, FakeWorker, generate_alone, kv_alone, record, search_record
 
 VOCAB_SIZE = 20
 
@@ -43,12 +44,26 @@ class Deployment:
         self.records: dict[int, bytes] = {}
         self.started: dict[int, Started] = {}
         self.finished: dict[int, Finished] = {}
+        self.searches: dict[int, tuple[BeamParams, int]] = {}  # and which of the hypotheses is the request's
 
     def add(self, request: Request) -> None:
         self.scheduler.add(request)
-        self.requests[request.id] = request
-        self.tokens[request.id] = request.output.tolist()
-        self.prompt_records[request.id] = self.records[request.id] = b""
+        self._note([request])
+
+    def add_group(self, requests: list[Request]) -> None:
+        self.scheduler.add_group(requests)
+        self._note(requests)
+
+    def add_search(self, requests: list[Request], params: BeamParams) -> None:
+        self.scheduler.add_search(requests, params)
+        self._note(requests)
+        self.searches |= {request.id: (params, place) for place, request in enumerate(requests)}
+
+    def _note(self, requests: list[Request]) -> None:
+        for request in requests:
+            self.requests[request.id] = request
+            self.tokens[request.id] = request.output.tolist()
+            self.prompt_records[request.id] = self.records[request.id] = b""
         self._hear(self.scheduler.take_events())
 
     def abort(self, request_id: int) -> None:
@@ -115,6 +130,9 @@ class Deployment:
         """Everyone ended, with the tokens it would have got alone; who was aborted, with the first of them."""
         assert self.finished.keys() == self.requests.keys()
         for request_id, end in self.finished.items():
+            if request_id in self.searches:
+                self._check_search(end)
+                continue
             tokens, reason = self.expected(request_id)
             got = self.tokens[request_id]
             self._check_records(self.requests[request_id], end.reason == "abort")
@@ -126,6 +144,20 @@ class Deployment:
                 assert end.stop_token == (tokens[-1] if reason == "stop" else None)
         for replica, each in enumerate(self.capacities):
             assert self.scheduler.num_free_blocks(replica) == each.num_blocks
+
+    def _check_search(self, end: Finished) -> None:
+        request = end.request
+        got = self.tokens[request.id]
+        if end.reason == "abort":
+            assert not got
+            return
+        params, place = self.searches[request.id]
+        max_model_len = min(each.max_model_len for each in self.capacities)
+        expected = search_alone(request, params, max_model_len)[place]
+        assert got == expected.tokens.tolist()
+        assert end.cumulative_logprob == expected.cumulative_logprob
+        assert end.stop_token == expected.end_token
+        assert end.reason == ("length" if expected.end_token is None else "stop")
 
     def _check_records(self, request: Request, is_aborted: bool) -> None:
         """Of every token asked about there is one record, in order."""
@@ -158,3 +190,22 @@ class Deployment:
         for finished in events.finished:
             assert finished.request.id not in self.finished, "finished twice"
             self.finished[finished.request.id] = finished
+
+
+def search_alone(request: Request, params: BeamParams, max_model_len: int) -> list[Hypothesis]:
+    """What a search finds without pages, plans or batches, best first."""
+    num_prompt = len(request.prompt)
+    max_length = min(num_prompt + request.max_tokens, max_model_len)
+    search = BeamSearch(params, num_prompt, max_length, request.min_tokens)
+    beams = [(request.prompt, 0.0)]
+    while not search.is_over:
+        rows = []
+        for tokens, cumulative_logprob in beams:
+            data = search_record(kv_alone(tokens, request.sampling), VOCAB_SIZE, params.num_candidates)
+            ids, logprobs = np.frombuffer(data, "<i4")[2:].reshape(2, -1)
+            rows.append(Row(tokens, cumulative_logprob, ids, logprobs.view("<f4")))
+        chosen = search.advance(rows)
+        beams = [
+            (np.append(rows[each.parent].tokens, np.int32(each.token)), each.cumulative_logprob) for each in chosen
+        ]
+    return search.hypotheses

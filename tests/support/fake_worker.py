@@ -23,6 +23,7 @@ class Asking:
     adapter: str = ""
     num_logprobs: int | None = None
     num_prompt_logprobs: int | None = None
+    searches: bool = False  # its records are those of `search_record`
 
 
 def record(position: int, token: int, num_best: int | None) -> bytes:
@@ -31,6 +32,15 @@ def record(position: int, token: int, num_best: int | None) -> bytes:
 
 
 _MODULUS = (1 << 31) - 1
+
+
+def search_record(kv: NDArray[np.int64], vocab_size: int, num_best: int) -> bytes:
+    """As worker.proto has it: the log-probabilities of a made-up distribution of the token after those whose KV is
+    int64 [num_tokens]."""
+    logits = np.random.default_rng(_digest(kv)).normal(0.0, 2.0, vocab_size)
+    logprobs = (logits - np.log(np.exp(logits).sum())).astype("<f4")
+    best = np.argsort(-logprobs)[:num_best].astype("<i4")
+    return b"".join([bytes(8), best.tobytes(), logprobs[best].tobytes()])
 
 
 class WrongPlanError(AssertionError):
@@ -54,7 +64,21 @@ def next_kv(previous: int, token: int, position: int) -> int:
 
 def sample(kv: NDArray[np.int64], vocab_size: int) -> int:
     """The token after those whose KV is int64 [num_tokens]."""
-    return int((kv * (np.arange(len(kv)) % 97 + 1)).sum() % _MODULUS % vocab_size)
+    return _digest(kv) % vocab_size
+
+
+def _digest(kv: NDArray[np.int64]) -> int:
+    return int((kv * (np.arange(len(kv)) % 97 + 1)).sum() % _MODULUS)
+
+
+def kv_alone(tokens: NDArray[np.int32], sampling: Any) -> NDArray[np.int64]:
+    """int64 [num_tokens]: the KV of the tokens, without pages."""
+    kv: list[int] = []
+    state = kv_root(sampling)
+    for position, token in enumerate(tokens.tolist()):
+        state = next_kv(state, token, position)
+        kv.append(state)
+    return np.array(kv, np.int64)
 
 
 def generate_alone(prompt: NDArray[np.int32], num_tokens: int, sampling: Any, vocab_size: int) -> list[int]:
@@ -86,7 +110,8 @@ class _Slot:
 class _Unanswered:
     result: StepResult
     slots: set[int]
-    blocks: set[int]  # that the step reads, writes or copies
+    blocks: set[int]  # that the step reads, writes or copies to
+    sources: set[int]  # that it copies from, before it writes
 
 
 class FakeWorker:
@@ -133,7 +158,7 @@ class FakeWorker:
             self._add(add)
         for slot, block in plan.grow:
             self._grow(slot, block)
-        copied = self._copy(plan.copies)
+        self._copy(plan.copies)
         decodes = self._decode_rows(plan)
         self._check_prefills(plan)
         num_tokens = len(decodes) + sum(count for _, count in plan.prefill)
@@ -141,15 +166,17 @@ class FakeWorker:
         expect(plan.num_decodes == len(decodes), f"num_decodes is {plan.num_decodes}, there are {len(decodes)}")
         expect(plan.num_tokens == num_tokens, f"num_tokens is {plan.num_tokens}, rows have {num_tokens}")
         expect(num_tokens <= self.capacity.max_num_batched_tokens, f"{num_tokens} tokens exceed the budget")
-        self._run(plan, decodes, copied)
+        self._run(plan, decodes)
 
-    def _run(self, plan: StepPlan, decodes: list[int], copied: set[int]) -> None:
+    def _run(self, plan: StepPlan, decodes: list[int]) -> None:
         rows = [(slot, 1) for slot in decodes] + plan.prefill
-        touched = copied.union(*(self.slots[slot].blocks for slot, _ in rows))
+        written = {destination for _, destination in plan.copies}
+        touched = written.union(*(self.slots[slot].blocks for slot, _ in rows))
         self.logprobs = b""
         sampled = [token for slot, count in rows if (token := self._compute(slot, count)) is not None]
         result = StepResult(plan.epoch, plan.step, np.array(sampled, np.int32), self.logprobs)
-        self.unanswered.append(_Unanswered(result, {slot for slot, _ in rows}, touched))
+        sources = {source for source, _ in plan.copies}
+        self.unanswered.append(_Unanswered(result, {slot for slot, _ in rows}, touched, sources))
 
     def _at(self, slot: int) -> _Slot:
         expect(slot in self.slots, f"slot {slot} is unknown")
@@ -172,10 +199,11 @@ class FakeWorker:
         expect(0 < add.num_prompt_tokens <= num_tokens, f"slot {add.slot} has a prompt of {add.num_prompt_tokens}")
         expect(len(set(add.blocks)) == len(add.blocks), f"slot {add.slot} has a block twice")
         # Leading full blocks may be shared: all of their content is there, or an earlier row of this step writes it.
-        # The others are this slot's alone.
-        num_shared = add.num_computed // self.capacity.block_size
-        for block in add.blocks[num_shared:]:
-            self._expect_new(add.slot, block)
+        # The others are this slot's alone. Of the first of them a part may be there: it is copied to, or goes on where
+        # a slot that is freed left off, and then others may have been told to copy from it.
+        num_shared, num_there = divmod(add.num_computed, self.capacity.block_size)
+        for index, block in enumerate(add.blocks[num_shared:]):
+            self._expect_new(add.slot, block, goes_on=index == 0 and num_there > 0)
         self.slots[add.slot] = _Slot(
             add.lane,
             add.tokens.tolist(),
@@ -195,17 +223,17 @@ class FakeWorker:
         state.blocks.append(block)
         self.readers[block] += 1
 
-    def _expect_new(self, slot: int, block: int) -> None:
+    def _expect_new(self, slot: int, block: int, goes_on: bool = False) -> None:
         expect(0 <= block < self.capacity.num_blocks, f"block {block} does not exist")
         expect(self.readers[block] == 0, f"block {block} is given to slot {slot} and is in another table")
         for step in self.unanswered:
-            expect(block not in step.blocks, f"block {block} is given to slot {slot}, step {step.result.step} uses it")
+            touched = block in step.blocks or (block in step.sources and not goes_on)
+            expect(not touched, f"block {block} is given to slot {slot}, step {step.result.step} uses it")
 
-    def _copy(self, copies: list[tuple[int, int]]) -> set[int]:
+    def _copy(self, copies: list[tuple[int, int]]) -> None:
         for source, destination in copies:
             expect(self.readers[destination] == 1, f"block {destination} is copied to and in {self.readers} tables")
             self.kv[destination] = self.kv[source]
-        return {block for pair in copies for block in pair}
 
     def _decode_rows(self, plan: StepPlan) -> list[int]:
         rows = []
@@ -253,7 +281,10 @@ class FakeWorker:
         token = sample(kv, self.vocab_size)
         state.tokens.append(token)
         state.decoding = True
-        self.logprobs += record(end, token, asked.num_logprobs)
+        if asked.searches and asked.num_logprobs is not None:
+            self.logprobs += search_record(kv, self.vocab_size, asked.num_logprobs)
+        else:
+            self.logprobs += record(end, token, asked.num_logprobs)
         return token
 
     def _read(self, slot: int, position: int) -> int:
