@@ -27,8 +27,8 @@ class Detokenizer(Protocol):
 class ByteDetokenizer:
     """For byte-level vocabularies: every token is a fixed run of bytes, whatever is around it."""
 
-    def __init__(self, tokenizer: "Tokenizer", skip_special_tokens: bool) -> None:
-        self._token_bytes = tokenizer.token_bytes(skip_special_tokens)
+    def __init__(self, tokenizer: "Tokenizer", hidden_ids: frozenset[int]) -> None:
+        self._token_bytes = tokenizer.token_bytes(hidden_ids)
         self._decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
 
     def push(self, token_id: int) -> str:
@@ -44,16 +44,16 @@ class WindowDetokenizer:
     Decodes the tokens since the last sure border twice, with and without the newest ones: the difference is new text.
     """
 
-    def __init__(self, tokenizer: "Tokenizer", skip_special_tokens: bool, prompt_token_ids: Sequence[int]) -> None:
+    def __init__(self, tokenizer: "Tokenizer", hidden_ids: frozenset[int], prompt_token_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        self._skip = skip_special_tokens
-        self._special_ids = tokenizer.special_ids if skip_special_tokens else frozenset()
-        self._window = [int(token) for token in prompt_token_ids[-CONTEXT_TOKENS:]]
+        self._hidden_ids = hidden_ids
+        context = [int(token) for token in prompt_token_ids[-CONTEXT_TOKENS:]]
+        self._window = [token for token in context if token not in hidden_ids]
         self._num_read = len(self._window)  # tokens of the window whose text went out
         self._read_text = self._decode(self._window)
 
     def push(self, token_id: int) -> str:
-        if token_id in self._special_ids:
+        if token_id in self._hidden_ids:
             return ""  # kept out of the window, which would grow with them
         self._window.append(token_id)
         text = self._decode(self._window)
@@ -71,13 +71,17 @@ class WindowDetokenizer:
         return self._decode(self._window)[len(self._read_text) :]
 
     def _decode(self, token_ids: list[int]) -> str:
-        return self._tokenizer.decode(token_ids, self._skip)
+        return self._tokenizer.decode(token_ids)
 
 
 def new_detokenizer(
-    tokenizer: "Tokenizer", skip_special_tokens: bool = True, prompt_token_ids: Sequence[int] = ()
+    tokenizer: "Tokenizer",
+    skip_special_tokens: bool = True,
+    prompt_token_ids: Sequence[int] = (),
+    visible: frozenset[str] = frozenset(),
 ) -> Detokenizer:
-    """The detokenizer that fits the vocabulary."""
+    """The detokenizer that fits the vocabulary. `visible` are texts of special tokens that are never left out."""
+    hidden_ids = tokenizer.hidden_ids(skip_special_tokens, visible)
     if tokenizer.is_byte_level:
-        return ByteDetokenizer(tokenizer, skip_special_tokens)
-    return WindowDetokenizer(tokenizer, skip_special_tokens, prompt_token_ids)
+        return ByteDetokenizer(tokenizer, hidden_ids)
+    return WindowDetokenizer(tokenizer, hidden_ids, prompt_token_ids)

@@ -55,7 +55,7 @@ class Call:
         asks_about_prompt = self._resolved.requests[index - completion].sampling.prompt_logprobs is not None
         if completion > 0 and (asks_about_prompt or len(prompt) >= SHARED_PROMPT_TOKENS):
             await self._prompt_computed[prompt_index].wait()
-        output = OutputText(self._tokenizer, request.sampling, prompt)
+        output = OutputText(self._tokenizer, request.sampling, prompt, self._resolved.visible_tokens)
         stream = cast(AsyncGenerator[TokenChunk, None], self._client.generate(request))
         async with contextlib.aclosing(stream) as chunks:
             while True:

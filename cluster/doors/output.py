@@ -40,9 +40,17 @@ class OutputText:
     `min_tokens`.
     """
 
-    def __init__(self, tokenizer: Tokenizer, sampling: SamplingParams, prompt_token_ids: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        sampling: SamplingParams,
+        prompt_token_ids: Sequence[int] = (),
+        visible_tokens: frozenset[str] = frozenset(),
+    ) -> None:
+        """`visible_tokens` are texts of special tokens that stay in the text even with skip_special_tokens."""
         self.num_tokens = 0
-        self._detokenizer = new_detokenizer(tokenizer, sampling.skip_special_tokens, prompt_token_ids)
+        skips = sampling.skip_special_tokens
+        self._detokenizer = new_detokenizer(tokenizer, skips, prompt_token_ids, visible_tokens)
         self._stops = StopStrings(sampling.stop, sampling.include_stop_str_in_output) if sampling.stop else None
         self._min_tokens = sampling.min_tokens
         self._stop_token_ids = frozenset(sampling.stop_token_ids)

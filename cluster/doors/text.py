@@ -53,7 +53,8 @@ class Tokenizer:
             # Set once here, so that encoding never changes the shared tokenizer while another thread uses it.
             self._backend.no_truncation()
             self._backend.no_padding()
-        self._token_bytes: dict[bool, TokenBytes] = {}
+        self._token_bytes: dict[frozenset[int], TokenBytes] = {}
+        self._hidden_ids: dict[frozenset[str], frozenset[int]] = {}
         self._texts: dict[int, str] = {}
         # The longest token as the vocabulary writes it. Here, not on first use: a large vocabulary takes 0.1 s.
         self.max_token_characters: int = max(len(token) for token in hf_tokenizer.get_vocab())
@@ -64,6 +65,16 @@ class Tokenizer:
         if self._backend is None:
             return frozenset(self.hf.all_special_ids)
         return frozenset(id for id, token in self._backend.get_added_tokens_decoder().items() if token.special)
+
+    def hidden_ids(self, skip_special_tokens: bool, visible: frozenset[str] = frozenset()) -> frozenset[int]:
+        """Ids that are left out of text: the special ones, but for those that stand for the `visible` texts."""
+        if not skip_special_tokens:
+            return frozenset()
+        if visible not in self._hidden_ids:
+            ids = list(self.special_ids)
+            tokens = zip(ids, self.tokens(ids), strict=True)
+            self._hidden_ids[visible] = frozenset(id for id, token in tokens if token not in visible)
+        return self._hidden_ids[visible]
 
     @cached_property
     def is_byte_level(self) -> bool:
@@ -98,7 +109,7 @@ class Tokenizer:
     def bytes_of(self, token_id: int) -> bytes:
         """The bytes that a token stands for."""
         if self.is_byte_level:
-            return self.token_bytes(False)[token_id]
+            return self.token_bytes()[token_id]
         (token,) = self.tokens([token_id])
         if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):  # byte fallback
             return bytes([int(token[3:5], 16)])
@@ -106,18 +117,17 @@ class Tokenizer:
 
     def _token_text(self, token_id: int) -> str:
         if self.is_byte_level:
-            return self.token_bytes(False)[token_id].decode(errors="replace")
+            return self.token_bytes()[token_id].decode(errors="replace")
         text = self.decode([token_id])
         (token,) = self.tokens([token_id])
         # Decoders drop the space that SentencePiece writes before the first word of a text.
         return " " + text if token.startswith("\u2581") and not text.startswith(" ") else text
 
-    def token_bytes(self, skip_special_tokens: bool) -> TokenBytes:
-        """Bytes per token id, for byte-level vocabularies only; one table per flag for all requests."""
-        if skip_special_tokens not in self._token_bytes:
-            skipped = self.special_ids if skip_special_tokens else frozenset[int]()
-            self._token_bytes[skip_special_tokens] = TokenBytes(self._backend, skipped)
-        return self._token_bytes[skip_special_tokens]
+    def token_bytes(self, hidden_ids: frozenset[int] = frozenset()) -> TokenBytes:
+        """Bytes per token id, for byte-level vocabularies only; one table per set of hidden ids for all requests."""
+        if hidden_ids not in self._token_bytes:
+            self._token_bytes[hidden_ids] = TokenBytes(self._backend, hidden_ids)
+        return self._token_bytes[hidden_ids]
 
 
 def load_tokenizer(config: ServeConfig) -> Tokenizer:

@@ -41,6 +41,7 @@ class Ask:
     fills_context: bool = False  # without max_tokens: up to the context length (chat), not 16 tokens (completions)
     prompt_param: str = "prompt"  # the field that errors about the prompt name
     echoes: bool = False  # the prompt is part of the answer: max_tokens may be 0
+    visible_tokens: frozenset[str] = frozenset()  # special tokens that the text shows in any case
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,7 @@ class Resolved:
     prompts: list[list[int]]  # their token ids
     n: int
     is_prompt_only: bool = False  # the one token that each request generates is left out
+    visible_tokens: frozenset[str] = frozenset()  # special tokens that the text shows in any case
     requests: list[GenerationRequest] = field(default_factory=list)
 
     @property
@@ -84,7 +86,7 @@ class Validator:
             )
         keep = self._num_tokens_kept(sampling)
         prompts = await self._encode_all(sources, keep, ask)
-        resolved = Resolved(sources, prompts, sampling.n, is_prompt_only)
+        resolved = Resolved(sources, prompts, sampling.n, is_prompt_only, ask.visible_tokens)
         bad_words = tokenize_bad_words(sampling.bad_words, self.tokenizer)
         for token_ids in prompts:
             fitted = self._fit_context(sampling, len(token_ids), "max_tokens" in ask.sampling, ask)

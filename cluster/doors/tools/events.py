@@ -49,7 +49,7 @@ Event = Content | Reasoning | Call | Arguments | Broken
 def merged(events: Iterable[Event]) -> list[Event]:
     """The same events with neighbouring texts of one kind joined, and without empty texts."""
     result: list[Event] = []
-    for (kind, index), group in groupby(events, lambda event: (type(event), getattr(event, "index", None))):
+    for (kind, index), group in groupby(events, lambda event: (type(event), getattr(event, "index", 0))):
         if kind is Call or kind is Broken:
             result += group
             continue

@@ -56,7 +56,7 @@ def test_output_continues_the_prompt(prompt: str, text: str) -> None:
 def test_the_window_detokenizer_agrees_on_byte_level_text() -> None:
     text = "Bitte schön 你好🙂 how are you 👩‍👩‍👧"
     token_ids = BYTES.encode(text, add_special_tokens=False)
-    assert "".join(run(WindowDetokenizer(BYTES, True, []), token_ids)) == text
+    assert "".join(run(WindowDetokenizer(BYTES, BYTES.special_ids, []), token_ids)) == text
 
 
 def test_invalid_bytes_go_out_after_a_bounded_number_of_tokens() -> None:
@@ -71,6 +71,17 @@ def test_skipped_special_tokens_do_not_pile_up() -> None:
     detokenizer = new_detokenizer(PIECES)
     assert all(detokenizer.push(2) == "" for _ in range(100))
     assert detokenizer._window == []  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("tokenizer", [BYTES, PIECES])
+def test_special_tokens_that_are_to_be_seen(tokenizer: Tokenizer) -> None:
+    start, end = tokenizer.hf.convert_tokens_to_ids(["<s>", "</s>"])
+    word = tokenizer.encode("hello", add_special_tokens=False)
+    token_ids = [start, *word, end, *word, start]
+    deltas = run(new_detokenizer(tokenizer, True, [*word, start], frozenset({"</s>", "[TOOL_CALLS]"})), token_ids)
+    first, second = "".join(deltas).split("</s>")
+    assert first.strip() == second.strip() == "hello"
+    assert "".join(run(new_detokenizer(tokenizer), token_ids)) == tokenizer.decode(token_ids, True)
 
 
 @pytest.mark.skipif(not (DEMO_MODEL / "tokenizer.json").is_file(), reason="the demo model is not trained")
