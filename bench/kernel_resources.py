@@ -25,7 +25,7 @@ def table() -> tuple[str, list[str]]:
     """One line per kernel, launch and device; what is wrong with any of them."""
     lines, problems = [], []
     for family in aot.families():
-        for item in aot.resources_of(family, with_more=True):
+        for item in aot.resources_of(family):
             cells = [family, item.launch, f"`{item.kernel}`", item.capability, item.num_warps, item.num_stages,
                      item.registers, item.stack_bytes, item.shared_bytes, item.blocks_per_sm]  # fmt: skip
             lines.append("| " + " | ".join(map(str, cells)) + " |\n")

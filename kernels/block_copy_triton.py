@@ -17,7 +17,7 @@ PIECE_BYTES = 8192
 _WORDS = {8: tl.int64, 4: tl.int32, 2: tl.int16, 1: tl.int8}
 
 
-@triton.jit(do_not_specialize=["num_tensors", "pair_stride"])
+@triton.jit(do_not_specialize=["num_tensors", "pair_stride"], do_not_specialize_on_alignment=["pairs"])
 def _copy_kernel(
     addresses, buffer, pairs, num_tensors, pair_stride,
     BLOCK_WORDS: tl.constexpr, PIECE: tl.constexpr, WORD: tl.constexpr, MODE: tl.constexpr,

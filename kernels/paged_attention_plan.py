@@ -66,7 +66,8 @@ def choose_tile(kind: str, head_dim: int, group: int, element_bytes: int, is_fp8
         max_registers = 128 if num_warps == 8 else 192 if is_fp8 else None
         return Tile(least, 32 if is_wide else 64, num_warps, 3, max_registers)
     if kind == "mixed":
-        return Tile(max(least, 64), 32 if is_wide else 64, 8 if is_wide or is_old or least > 64 else 4, 3)
+        num_keys = 32 if is_wide or (is_old and is_fp8) else 64
+        return Tile(max(least, 64), num_keys, 8 if is_wide or is_old or least > 64 else 4, 3)
     num_rows = 64 if is_wide and is_old else 128
     return Tile(max(least, num_rows), 32 if is_wide or (is_old and padded > 64) else 64, 8, 3)
 

@@ -182,7 +182,8 @@ def _key_tiles(
 
 # These differ from step to step or layer to layer: one compiled kernel serves all values.
 _SPARE = ["num_rows", "window", "table_stride", "token_begin", "token_end"]
-_UNALIGNED = ["query_start", "seq_lens", "block_tables"]  # views into one upload of a step
+# Views into one upload of a step, and halves of one tensor whose size is the step's.
+_UNALIGNED = ["query_start", "seq_lens", "block_tables", "maxima", "sums"]
 
 
 @triton.jit(do_not_specialize=_SPARE, do_not_specialize_on_alignment=_UNALIGNED)
@@ -254,7 +255,10 @@ def _store(out, at, acc, total, v_scale, mask, HAS_SCALES: tl.constexpr, FP8_BIT
     tl.store(out + at, value.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_splits", "token_begin"], do_not_specialize_on_alignment=["query_start"])
+@triton.jit(
+    do_not_specialize=["num_rows", "num_splits", "token_begin"],
+    do_not_specialize_on_alignment=["query_start", "maxima", "sums"],
+)
 def merge(
     out, partial, maxima, sums, query_start, v_scale, num_rows, token_begin,
     num_splits, out_stride, NUM_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, BLOCK_S: tl.constexpr,

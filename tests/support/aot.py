@@ -1,14 +1,14 @@
 """Compiles Triton kernels for GPUs that are not here, and reads from the machine code what they would use there.
 
 A family of kernels lists its launches in `tests/kernels/triton/launches_<family>.py`, as `LAUNCHES`: name -> function
-that calls the kernels' launcher with tensors of real shapes on the "meta" device; `MORE` holds likewise those that only
-the table of docs/kernels.md has, and `FROM_CAPABILITY` says which are for newer devices only. Nothing runs:
+that calls the kernels' launcher with tensors of real shapes on the "meta" device; `FROM_CAPABILITY` says which are for
+newer devices only. Nothing runs:
 `JITFunction.run` is replaced, and what it was called with is specialised (types, divisibility, constants) just as a
 launch would be. So what is compiled is what would run.
 Launchers that ask `manta.kernels.gpu` for their device are told the one compiled for.
 
-`python -m tests.support.aot <family> [more]` prints the results as JSON lines; it must not run under
-TRITON_INTERPRET, which is why `resources_of` starts it as a process of its own.
+`python -m tests.support.aot <family> <i> <n>` prints the results of every n-th launch from the i-th on as JSON lines.
+It must not run under TRITON_INTERPRET, which is why `resources_of` starts processes of its own.
 """
 
 import importlib
@@ -19,9 +19,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -74,16 +76,23 @@ def families() -> list[str]:
 
 
 @lru_cache
-def resources_of(family: str, *, with_more: bool = False) -> list[Resources]:
-    """Compiles every launch of the family, in a process without the interpreter and with an empty cache."""
+def resources_of(family: str) -> list[Resources]:
+    """Compiles every launch of the family, in processes without the interpreter and with an empty cache."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.support.aot", family, *["more"] * with_more]
-    with tempfile.TemporaryDirectory() as cache:
+    num_processes = min(2, os.cpu_count() or 1)
+    with tempfile.TemporaryDirectory() as cache, ThreadPoolExecutor(num_processes) as pool:
         environment["TRITON_CACHE_DIR"] = cache
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        parts = [[sys.executable, "-m", "tests.support.aot", family, str(i), str(num_processes)]
+                 for i in range(num_processes)]  # fmt: skip
+        found = [line for lines in pool.map(lambda part: _lines(part, environment), parts) for line in lines]
+    return [Resources(**fields) for _, fields in sorted(found, key=lambda line: line[0])]
+
+
+def _lines(command: list[str], environment: dict[str, str]) -> list[tuple[int, dict[str, Any]]]:
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
-    return [Resources(**json.loads(line)) for line in done.stdout.splitlines()]
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 @contextmanager
@@ -139,13 +148,14 @@ def _matrix_instructions(ptx: str) -> str:
     return " ".join(sorted(set(re.findall(r"(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)[\w.:]*", ptx))))
 
 
-def compiled(family: str, with_more: bool) -> Iterator[Resources]:
-    """The resources of each kernel of each launch of the family; every different kernel once per launch."""
+def compiled(family: str, first: int = 0, step: int = 1) -> Iterator[tuple[int, Resources]]:
+    """The resources of each kernel of the family's launches first, first + step, ..., with the number of the launch;
+    every different kernel once per launch."""
     assert os.environ.get("TRITON_INTERPRET") != "1", "interpreted kernels cannot be compiled: unset TRITON_INTERPRET"
     module = importlib.import_module(f"tests.kernels.triton.launches_{family}")
-    launches: Launches = module.LAUNCHES | (getattr(module, "MORE", {}) if with_more else {})
+    launches: Launches = module.LAUNCHES
     least: dict[str, int] = getattr(module, "FROM_CAPABILITY", {})
-    for name, launch in launches.items():
+    for number, (name, launch) in islice(enumerate(launches.items()), first, None, step):
         for capability in (capability for capability in NUM_SMS if capability >= least.get(name, 0)):
             gpu.pretend(gpu.Gpu(capability, NUM_SMS[capability]))
             with _recorded_launches() as calls:
@@ -155,10 +165,10 @@ def compiled(family: str, with_more: bool) -> Iterator[Resources]:
                 result = _compile(kernel, args, kwargs, capability)
                 registers, stack_bytes = _registers_and_stack(result.asm["cubin"])
                 data, matrix = result.metadata, _matrix_instructions(result.asm["ptx"])
-                yield Resources(family, name, kernel.__name__, capability, data.num_warps, data.num_stages,
-                                registers, stack_bytes, data.shared, matrix)  # fmt: skip
+                yield number, Resources(family, name, kernel.__name__, capability, data.num_warps, data.num_stages,
+                                        registers, stack_bytes, data.shared, matrix)  # fmt: skip
 
 
 if __name__ == "__main__":
-    for resources in compiled(sys.argv[1], with_more=sys.argv[2:] == ["more"]):
-        print(json.dumps(asdict(resources)), flush=True)
+    for nth, resources in compiled(sys.argv[1], *map(int, sys.argv[2:])):
+        print(json.dumps((nth, asdict(resources))), flush=True)

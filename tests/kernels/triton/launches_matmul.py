@@ -29,8 +29,6 @@ LAUNCHES: Launches = {
     "1000 -> 300, float32, 4 rows": lambda: _linear(4, 1000, 300, torch.float32),
     "fp8 14336 -> 4096, 8 rows": lambda: _fp8(8, 14336, 4096),
     "fp8 14336 -> 4096, 8192 rows": lambda: _fp8(8192, 14336, 4096, bias=True),
-}
-MORE: Launches = {
     "576 -> 1536, float16, 4096 rows": lambda: _linear(4096, 576, 1536, torch.float16),
     "1000 -> 300, float32, 4096 rows": lambda: _linear(4096, 1000, 300, torch.float32),
 }

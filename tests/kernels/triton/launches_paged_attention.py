@@ -54,20 +54,28 @@ def launch(
 
 
 DECODE, SPLIT, MIXED, PREFILL = (256, [], 2048), (4, [], 32768), (64, [512, 100], 4096), (0, [8192], 8192)
-LLAMA, SMOL, PHI2, PHI3, GEMMA = (32, 8, 128), (9, 3, 64), (32, 32, 80), (32, 8, 96), (16, 8, 256)
+MIXED_SPLIT, PREFILL_SPLIT = (4, [20], 32768), (0, [64], 32768)
+LLAMA, QWEN, SMOL, PHI2, PHI3, GEMMA = (32, 8, 128), (16, 8, 128), (9, 3, 64), (32, 32, 80), (32, 8, 96), (16, 8, 256)
 LAUNCHES: Launches = {
     "32/8 heads of 128, decode": partial(launch, LLAMA, DECODE),
     "32/8 heads of 128, decode, split, pages of 64": partial(launch, LLAMA, SPLIT, 64),
     "32/8 heads of 128, decode, fp8": partial(launch, LLAMA, DECODE, 32, fp8=True),
     "32/8 heads of 128, mixed": partial(launch, LLAMA, MIXED),
     "32/8 heads of 128, mixed, fp8": partial(launch, LLAMA, MIXED, fp8=True),
+    "32/8 heads of 128, mixed, split": partial(launch, LLAMA, MIXED_SPLIT),
     "32/8 heads of 128, prefill": partial(launch, LLAMA, PREFILL),
     "32/8 heads of 128, prefill, window, pages of 64": partial(launch, LLAMA, PREFILL, 64, window=4096),
     "32/32 heads of 80, decode": partial(launch, PHI2, DECODE),
     "16/8 heads of 256, decode": partial(launch, GEMMA, DECODE),
     "16/8 heads of 256, prefill": partial(launch, GEMMA, PREFILL, 32),
-}
-MORE: Launches = {
+    "32/8 heads of 128, mixed, split, fp8": partial(launch, LLAMA, MIXED_SPLIT, fp8=True),
+    "32/8 heads of 128, prefill, split": partial(launch, LLAMA, PREFILL_SPLIT),
+    "32/8 heads of 128, prefill, split, fp8": partial(launch, LLAMA, PREFILL_SPLIT, fp8=True),
+    "32/8 heads of 128, decode, split, fp8": partial(launch, LLAMA, SPLIT, fp8=True),
+    "16/8 heads of 128, decode": partial(launch, QWEN, DECODE),
+    "16/8 heads of 128, decode, split": partial(launch, QWEN, SPLIT),
+    "16/8 heads of 128, mixed, split": partial(launch, QWEN, MIXED_SPLIT),
+    "16/8 heads of 128, prefill": partial(launch, QWEN, PREFILL),
     "32/8 heads of 128, mixed, fp8, batch-invariant": partial(launch, LLAMA, MIXED, fp8=True, batch_invariant=True),
     "32/8 heads of 128, decode, fp8, window": partial(launch, LLAMA, DECODE, fp8=True, window=4096),
     "16/8 heads of 256, decode, fp8": partial(launch, GEMMA, DECODE, fp8=True),

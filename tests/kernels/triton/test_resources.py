@@ -9,6 +9,7 @@ from tests.support import aot
 pytest.importorskip("triton", reason="triton is not installed")
 
 
+@pytest.mark.timeout(900)  # over a hundred compilations
 @pytest.mark.parametrize("family", aot.families())
 def test_no_spills_and_shared_memory_within_limits(family: str) -> None:
     found = aot.resources_of(family)
