@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+pytest.importorskip("numba", reason="numba is not installed", exc_type=ImportError)
 from manta.kernels import sample_cpu, step_tensors
 from manta.kernels.step_tensors import SlotColumns, StepInputs
 from tests.kernels.test_sample_cpu import Filters, parameters

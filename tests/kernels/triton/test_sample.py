@@ -7,6 +7,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+pytest.importorskip("numba", reason="numba is not installed", exc_type=ImportError)
 from manta.kernels import sample_cpu
 from manta.workers.draws import uniform
 from tests.kernels.test_sample_cpu import FILTERS, Filters, Row, kept_weights, parameters, rows_of, seed_of
