@@ -14,6 +14,7 @@ commands:
   chat           talk to a running server
   complete       continue a text with a running server
   top            watch the block tables of a running server
+  run-batch      answer a file of requests, as of the OpenAI batch API
   bench          measure a server, or the engine by itself: serve, throughput, latency
   collect-env    print versions and hardware, for bug reports
 
@@ -68,6 +69,12 @@ def _top(argv: list[str]) -> int:
     return top(argv)
 
 
+def _run_batch(argv: list[str]) -> int:
+    from manta.cluster.cli.run_batch import run_batch
+
+    return run_batch(argv)
+
+
 def _bench(argv: list[str]) -> int:
     from manta.cluster.cli.bench import bench
 
@@ -85,6 +92,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "chat": _chat,
     "complete": _complete,
     "top": _top,
+    "run-batch": _run_batch,
     "bench": _bench,
     "collect-env": _collect_env,
 }
