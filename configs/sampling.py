@@ -38,7 +38,10 @@ def _listed(value: object) -> object:
 def _as_biases(value: object) -> object:
     """JSON has token ids as strings."""
     if isinstance(value, Mapping):
-        return {int(key) if isinstance(key, str) and key.isdecimal() else key: bias for key, bias in value.items()}
+        return {
+            int(key) if isinstance(key, str) and key.removeprefix("-").isdecimal() else key: bias
+            for key, bias in value.items()
+        }
     return value
 
 
