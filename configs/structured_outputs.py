@@ -31,13 +31,15 @@ class StructuredOutputsParams(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     json_: Annotated[Any, Field(alias="json", description="a JSON schema: an object, or its text")] = None
-    regex: str | None = Field(None, description="the whole output matches it")
+    regex: str | None = Field(default=None, description="the whole output matches it")
     choice: Annotated[tuple[str, ...] | None, BeforeValidator(_as_choices)] = Field(
-        None, min_length=1, max_length=MAX_CHOICES, description="the output is one of these texts"
+        default=None, min_length=1, max_length=MAX_CHOICES, description="the output is one of these texts"
     )
-    grammar: str | None = Field(None, description="EBNF as of llama.cpp; the output is what its rule `root` writes")
-    json_object: bool | None = Field(None, description="the output is any JSON object")
-    structural_tag: Any = Field(None, description="xgrammar's structural tag: an object, or its text")
+    grammar: str | None = Field(
+        default=None, description="EBNF as of llama.cpp; the output is what its rule `root` writes"
+    )
+    json_object: bool | None = Field(default=None, description="the output is any JSON object")
+    structural_tag: Any = Field(default=None, description="xgrammar's structural tag: an object, or its text")
 
     @model_validator(mode="after")
     def _check(self) -> Self:

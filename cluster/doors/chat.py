@@ -20,6 +20,7 @@ from manta.cluster.doors.openai_call import (
     stream_call,
 )
 from manta.cluster.doors.output import Delta
+from manta.cluster.doors.response_format import apply_response_format
 from manta.cluster.doors.service import Service
 from manta.cluster.doors.text import Tokenizer
 from manta.cluster.doors.validate import Ask, Resolved, check_bool, check_int, shown
@@ -97,6 +98,7 @@ def chat_prompt(tokenizer: Tokenizer, given: dict[str, Any]) -> tuple[str, bool]
 
 def _sampling(given: dict[str, Any]) -> dict[str, Any]:
     sampling = {name: given[name] for name in fields.SAMPLING & given.keys()}
+    apply_response_format(given, sampling)
     if "max_completion_tokens" in given:
         sampling["max_tokens"] = check_int(given["max_completion_tokens"], "max_completion_tokens", 1, 2**31 - 1)
     tells = check_bool(sampling.pop("logprobs", False), "logprobs")

@@ -18,6 +18,7 @@ from manta.cluster.doors.openai_call import (
     stream_call,
 )
 from manta.cluster.doors.output import Delta
+from manta.cluster.doors.response_format import apply_response_format
 from manta.cluster.doors.service import Service
 from manta.cluster.doors.validate import Ask, Resolved, check_bool
 from manta.cluster.engine.logprobs import Records
@@ -69,6 +70,7 @@ class Completions:
 def _sampling(given: dict[str, Any], echoes: bool) -> dict[str, Any]:
     """An echoed prompt comes with its log-probabilities where those of the output are asked for."""
     sampling = {name: given[name] for name in fields.SAMPLING & given.keys()}
+    apply_response_format(given, sampling)
     num_logprobs, num_prompt_logprobs = sampling.get("logprobs"), sampling.get("prompt_logprobs", 0)
     if num_logprobs is False:  # as in chat: none
         del sampling["logprobs"]

@@ -24,9 +24,9 @@ SHARED = frozenset(
         "request_id",
     }
 )
-COMPLETION = SAMPLING | SHARED | {"prompt", "echo"}
+COMPLETION = SAMPLING | SHARED | {"prompt", "echo", "response_format"}
 CHAT_TEMPLATE = frozenset({"messages", "add_generation_prompt", "continue_final_message", "chat_template_kwargs"})
-CHAT = SAMPLING | SHARED | CHAT_TEMPLATE | {"max_completion_tokens", "top_logprobs"}
+CHAT = SAMPLING | SHARED | CHAT_TEMPLATE | {"max_completion_tokens", "top_logprobs", "response_format"}
 TOKENIZE = CHAT_TEMPLATE | {"model", "prompt", "add_special_tokens", "return_token_strs"}
 DETOKENIZE = frozenset({"model", "tokens"})
 
@@ -51,8 +51,6 @@ NOT_SUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
     "best_of": (1,),
     "use_beam_search": (False,),
     "length_penalty": (1, 1.0),
@@ -80,8 +78,19 @@ _HINTS = {
     "reasoning_effort": "pass what the model's template reads through chat_template_kwargs",
     "best_of": "use n",
 }
-# Former or misspelt names of constrained output that difflib would not find.
-_CONSTRAINTS = ("guided_", "structured", "grammar", "json_schema", "regex", "choice", "ebnf")
+# Former or misspelt names of constrained output that difflib would not find, and which part of the field they mean.
+_CONSTRAINTS = {
+    "guided_json": "json",
+    "guided_regex": "regex",
+    "guided_choice": "choice",
+    "guided_grammar": "grammar",
+    "structural_tag": "structural_tag",
+    "json_schema": "json",
+    "regex": "regex",
+    "choice": "choice",
+    "grammar": "grammar",
+    "ebnf": "grammar",
+}
 
 
 def check_fields(body: Mapping[str, Any], used: frozenset[str]) -> dict[str, Any]:
@@ -106,10 +115,10 @@ def _asks_for_nothing(name: str, value: Any, body: Mapping[str, Any]) -> bool:
 
 
 def _unknown(name: str, used: frozenset[str]) -> RequestError:
-    if name.startswith(_CONSTRAINTS):
-        nearest = "structured_outputs"
-        message = f"unknown field {name!r}; the nearest known one is {nearest!r}, which this server does not support"
-        return RequestError(message, name, "unknown_parameter")
+    if name in _CONSTRAINTS or name.startswith(("guided_", "structured")):
+        inner = _CONSTRAINTS.get(name)
+        advice = f"use structured_outputs={{{inner!r}: ...}}" if inner else "did you mean 'structured_outputs'?"
+        return RequestError(f"unknown field {name!r}; {advice}", name, "unknown_parameter")
     return unknown_field(name, used | IGNORED | NOT_SUPPORTED.keys(), used)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from manta.cluster.doors.api_keys import KeyRing
 from manta.cluster.doors.generation import Running
+from manta.cluster.doors.grammar_check import GrammarChecker
 from manta.cluster.doors.limits import read_limits
 from manta.cluster.doors.server import DoorServer
 from manta.cluster.doors.service import Service
@@ -28,6 +29,7 @@ class Frontend:
         config = ServeConfig.model_validate_json(config_json)
         self._config = config.model_copy(update={"api_key": tuple(key_hashes)}) if key_hashes else config
         self._tokenizer: Tokenizer | None = None
+        self._grammars: GrammarChecker | None = None
         self._client: Client | None = None
         self._server: DoorServer | None = None
 
@@ -58,10 +60,11 @@ class Frontend:
         limits = await asyncio.to_thread(read_limits, config, info.max_model_len)
         # Several frontends must not draw the same seeds.
         seeds = random.Random(config.seed if config.api_server_count == 1 else f"{config.seed}:{os.getpid()}")
+        self._grammars = GrammarChecker(config)
         service = Service(
             client=client,
             config=config,
-            validator=Validator(limits, tokenizer, seeds),
+            validator=Validator(limits, tokenizer, seeds, self._grammars),
             running=Running(client, tokenizer),
             started_s=time.time(),
             keys=KeyRing.of(config),
@@ -74,6 +77,8 @@ class Frontend:
         drained = True
         if self._server is not None:
             drained = await self._server.stop(grace_s)
+        if self._grammars is not None:
+            await self._grammars.close()
         if self._client is not None:
             await self._client.close()
         return drained

@@ -143,7 +143,11 @@ async def _generate(service: Service, request: pb.GenerateRequest) -> AsyncGener
 
 def read_ask(request: pb.GenerateRequest) -> Ask:
     """The request in the validator's words: sampling fields that are not set do not appear."""
-    sampling = {descriptor.name: _plain(value) for descriptor, value in request.sampling.ListFields()}
+    given = {descriptor.name: value for descriptor, value in request.sampling.ListFields()}
+    constraint = given.pop("structured_outputs", None)
+    sampling = {name: _plain(value) for name, value in given.items()}
+    if constraint is not None:
+        sampling["structured_outputs"] = _constraint(constraint)
     return Ask(
         prompt=_prompt(request),
         sampling=sampling,
@@ -159,6 +163,13 @@ def _plain(value: Any) -> Any:
     if isinstance(value, int | float):
         return value
     return dict(value) if hasattr(value, "items") else list(value)
+
+
+def _constraint(value: pb.StructuredOutputs) -> dict[str, Any]:
+    name = value.WhichOneof("constraint")
+    if name is None:
+        return {}
+    return {name: list(value.choice.texts) if name == "choice" else getattr(value, name)}
 
 
 def _prompt(request: pb.GenerateRequest) -> str | list[int] | None:

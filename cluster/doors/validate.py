@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from manta.cluster.doors.bad_words import tokenize_bad_words
 from manta.cluster.doors.caller import current_tenant, with_callers_salt
 from manta.cluster.doors.errors import Kind, RequestError
+from manta.cluster.doors.grammar_check import GrammarChecker
 from manta.cluster.doors.limits import ModelLimits
 from manta.cluster.doors.text import Tokenizer
 from manta.cluster.engine.client import GenerationRequest, num_prompt_tokens_kept, resolve_sampling
@@ -62,12 +63,20 @@ class Resolved:
 
 
 class Validator:
-    """Checks against the limits of one model. `seeds` draws the seeds of requests that have none."""
+    """Checks against the limits of one model. `seeds` draws the seeds of requests that have none. Without `grammars` it
+    is left to the engine whether one can be compiled."""
 
-    def __init__(self, limits: ModelLimits, tokenizer: Tokenizer, seeds: random.Random) -> None:
+    def __init__(
+        self,
+        limits: ModelLimits,
+        tokenizer: Tokenizer,
+        seeds: random.Random,
+        grammars: GrammarChecker | None = None,
+    ) -> None:
         self.limits = limits
         self.tokenizer = tokenizer
         self._seeds = seeds
+        self._grammars = grammars
 
     async def resolve(self, ask: Ask, request_id: str) -> Resolved:
         """Raises RequestError naming the field at fault. Long texts are tokenized in a thread."""
@@ -86,6 +95,8 @@ class Validator:
             )
         keep = self._num_tokens_kept(sampling)
         prompts = await self._encode_all(sources, keep, ask)
+        if self._grammars is not None:
+            await self._grammars.check(sampling.structured_outputs)
         resolved = Resolved(sources, prompts, sampling.n, is_prompt_only, ask.visible_tokens)
         bad_words = tokenize_bad_words(sampling.bad_words, self.tokenizer)
         for token_ids in prompts:
@@ -265,5 +276,7 @@ def _sampling_error(error: ValidationError) -> RequestError:
     if not first["loc"]:  # a rule over several fields, whose message begins with the field's name
         return RequestError(message, message.split("=")[0].split(" ")[0])
     param = str(first["loc"][0])
+    if message.startswith((f"{param}.", f"{param} ")):  # it names the part of the field itself
+        return RequestError(message, message.split(" ")[0])
     code = "invalid_type" if "type" in first["type"] or first["type"].endswith("parsing") else "invalid_value"
     return RequestError(f"{param}: {message}, not {shown(first['input'])}", param, code)
