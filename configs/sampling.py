@@ -100,7 +100,7 @@ class SamplingParams(BaseModel):
         for name in ("allowed_token_ids", "logit_bias"):
             if any(token < 0 for token in getattr(self, name) or ()):
                 raise ValueError(f"{name} must not hold negative token ids")
-        for token, bias in (self.logit_bias or {}).items():
+        for token, bias in sorted((self.logit_bias or {}).items()):
             if abs(bias) > MAX_LOGIT_BIAS:
                 raise ValueError(f"logit_bias={bias} of token {token} must be between -100 and 100")
         for word in self.bad_words:
