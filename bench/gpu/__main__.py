@@ -5,7 +5,7 @@
 
 Needs torch, triton, transformers, grpcio, protobuf, pydantic and numpy; the tests also pytest. Prints hardware and
 versions, compares tokens and logits with transformers', measures whole models with random weights, attention and the
-other kernels, transformers on the same work, and runs the tests for GPUs. What fails is reported and the rest goes on;
+other kernels, runs the tests for GPUs, and measures transformers on the same work. What fails is reported and the rest goes on;
 the exit code is then 1. What has not begun when the time limit is over is left out: give the parts to several runs.
 """
 
@@ -33,7 +33,7 @@ from report import Report, Unit
 
 from manta.kernels import ops
 
-PARTS = ("correctness", "engine", "attention", "kernels", "profile", "peers", "tests")
+PARTS = ("correctness", "engine", "attention", "kernels", "profile", "tests", "peers")
 
 
 def parse_args() -> argparse.Namespace:

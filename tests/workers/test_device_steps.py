@@ -12,7 +12,7 @@ import torch
 from manta.configs.model import read_model_spec
 from manta.protos.sampling_pb2 import Sampling
 from manta.protos.worker_pb2 import StepResult
-from manta.workers.decode_graphs import graph_sizes
+from manta.workers.decode_graphs import CudaRecorder, graph_sizes
 from manta.workers.loader import load_model
 from manta.workers.mesh import Mesh
 from manta.workers.models.decoder import CausalLM
@@ -75,6 +75,24 @@ def test_tokens_are_those_of_steps_built_by_the_host(model: CausalLM) -> None:
     assert serve(gpu_like_runner(model, on_device=True, record=recorder), vocab_size) == expected
     assert recorder.num_recorded == len(graph_sizes(6)) == 4
     assert recorder.num_replayed > 25
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_steps_on_a_gpu_give_the_tokens_of_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launched one by one, and recorded as CUDA graphs."""
+    folder, device = make_checkpoint(tmp_path, "qwen3"), torch.device("cuda", 0)
+    spec = read_model_spec(folder)
+    with monkeypatch.context() as patch:
+        use_plain_torch(patch)
+        on_cpu = load_model(folder, spec, Mesh.single(CPU), torch.float32)
+        expected = serve(gpu_like_runner(on_cpu, on_device=False), spec.vocab_size)
+    on_gpu = load_model(folder, spec, Mesh.single(device), torch.float32)
+    assert serve(gpu_like_runner(on_gpu, on_device=True), spec.vocab_size) == expected
+    recorded = gpu_like_runner(on_gpu, on_device=True, record=CudaRecorder())
+    assert serve(recorded, spec.vocab_size) == expected
+    recorded.clear()
+    assert serve(recorded, spec.vocab_size) == expected
 
 
 def test_a_new_epoch_starts_from_nothing(model: CausalLM) -> None:
