@@ -5,8 +5,9 @@
 
 Needs torch, triton, transformers, grpcio, protobuf, pydantic and numpy; the tests also pytest. Prints hardware and
 versions, compares tokens and logits with transformers', measures whole models with random weights, attention and the
-other kernels, runs the tests for GPUs, and measures transformers on the same work. What fails is reported and the rest goes on;
-the exit code is then 1. What has not begun when the time limit is over is left out: give the parts to several runs.
+other kernels, runs the tests for GPUs, and measures transformers on the same work. What fails is reported, and the rest
+goes on; the exit code is then 1. What has not begun when the time limit is over is left out: give the parts to several
+runs.
 """
 
 import argparse
