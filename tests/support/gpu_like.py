@@ -7,6 +7,7 @@ import torch
 
 from manta.kernels import ops, reference
 from manta.workers.decode_graphs import Record
+from manta.workers.grammars import Grammars
 from manta.workers.limits import Limits
 from manta.workers.model import HiddenShape
 from manta.workers.models.decoder import CausalLM, allocate_kv_cache
@@ -46,7 +47,9 @@ def use_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(ops, name, getattr(reference, name))
 
 
-def gpu_like_runner(model: CausalLM, *, on_device: bool, record: Record | None = None) -> Runner:
+def gpu_like_runner(
+    model: CausalLM, *, on_device: bool, record: Record | None = None, grammars: Grammars | None = None
+) -> Runner:
     """A runner for six sequences of up to 120 tokens."""
     limits = Limits(
         num_blocks=NUM_BLOCKS,
@@ -58,4 +61,6 @@ def gpu_like_runner(model: CausalLM, *, on_device: bool, record: Record | None =
     )
     cache = allocate_kv_cache(model, NUM_BLOCKS, BLOCK_SIZE, torch.float32, model.mesh.device)
     hidden = HiddenShape(model.spec.hidden_size, torch.float32)
-    return Runner(Stage(model, model.mesh, cache, limits, hidden), on_device=on_device, record=record)
+    return Runner(
+        Stage(model, model.mesh, cache, limits, hidden), on_device=on_device, record=record, grammars=grammars
+    )
