@@ -21,6 +21,7 @@ from manta.protos import worker_pb2_grpc
 from manta.workers.links import LinkServer
 
 VOCAB_SIZE = 1000
+BAD_GRAMMAR = "(("
 Transport = Literal["grpc", "unix", "tcp"]  # what plans travel over
 
 
@@ -180,6 +181,9 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         self.fail_at_step: int | None = None  # that step of the current epoch reports `step_error`, once
         self.step_error = "out of memory"
         self.stalled = False  # reads plans, answers none
+        self.compiles = asyncio.Event()  # Compile waits for it
+        self.compiles.set()
+        self.compiled: list[str] = []  # texts of the grammars that it was asked for
         self.num_steps = 0
         self.max_queued = 0  # plans in the worker at once, the running one included
         self.started_blocks: int | None = None
@@ -210,6 +214,13 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         self.started_blocks = request.num_blocks
         self.device = FakeDevice(request.num_blocks, self._config.block_size)
         return pb.StartResponse(warmup_s=0.0)
+
+    async def Compile(self, request: pb.CompileRequest, context: Any) -> pb.CompileResponse:
+        self.compiled.append(request.grammar.text)
+        await self.compiles.wait()
+        if request.grammar.text == BAD_GRAMMAR:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a bad grammar")
+        return pb.CompileResponse()
 
     async def Run(self, plans: AsyncIterator[pb.StepPlan], context: Any) -> AsyncIterator[pb.StepResult]:
         queue: asyncio.Queue[_Waiting] = asyncio.Queue()

@@ -103,9 +103,9 @@ def follow(form: str, data: st.DataObject, num_requests: int) -> None:
             said.append(data.draw(st.sampled_from(sorted(follows))))
         sampling = Sampling(
             temperature=data.draw(st.sampled_from([0.0, 1.0, 1.7])), top_p=data.draw(st.sampled_from([0.5, 1])),
-            top_k=data.draw(st.sampled_from([0, 3])), repetition_penalty=data.draw(st.sampled_from([1.0, 1.4])), seed=slot,
+            top_k=data.draw(st.sampled_from([0, 3])), repetition_penalty=data.draw(st.sampled_from([1.0, 1.4])),
             frequency_penalty=data.draw(st.sampled_from([0.0, 0.6])), min_tokens=data.draw(st.sampled_from([0, 3, 20])),
-            stop_token_ids=[END], bias_token_ids=np.array([1, 30], "<i4").tobytes(),
+            seed=slot, stop_token_ids=[END], bias_token_ids=np.array([1, 30], "<i4").tobytes(),
             biases=np.array([50, 50], "<f4").tobytes(), grammar=choice_of(choices) if choices else None,
         )  # fmt: skip
         tokens.reserve(slot + 1, 40)
