@@ -5,6 +5,7 @@ from typing import Any
 import orjson
 
 from manta.cluster.doors import fields
+from manta.cluster.doors.answer import AnswerPlan, AnswerReader, delta_body, message_body, plan_answer
 from manta.cluster.doors.chat_format import check_messages, render_chat
 from manta.cluster.doors.errors import RequestError
 from manta.cluster.doors.exchange import Reply
@@ -23,11 +24,14 @@ from manta.cluster.doors.output import Delta
 from manta.cluster.doors.response_format import apply_response_format
 from manta.cluster.doors.service import Service
 from manta.cluster.doors.text import Tokenizer
+from manta.cluster.doors.tools.constraint import force_calls
+from manta.cluster.doors.tools.request import ToolRequest, read_tools
 from manta.cluster.doors.validate import Ask, Resolved, check_bool, check_int, shown
 from manta.configs.sampling import MAX_LOGPROBS
 
 _RESERVED_KWARGS = frozenset(
     {"add_generation_prompt", "continue_final_message", "tokenize", "chat_template", "return_dict", "conversation"}
+    | {"tools"}
 )
 
 
@@ -41,28 +45,34 @@ class ChatCompletions:
         options = read_options(given)
         wanted_id = read_request_id(given, header_id)
         service.validator.check_model(given.get("model"))
-        text, add_special_tokens = chat_prompt(service.validator.tokenizer, given)
+        tools = read_tools(given)
+        text, add_special_tokens = chat_prompt(service.validator.tokenizer, given, tools)
+        tells_reasoning = check_bool(given.get("include_reasoning", True), "include_reasoning")
+        plan = plan_answer(service.config, tools, tells_reasoning, text, _continued(given))
+        sampling = _sampling(given)
+        force_calls(tools, sampling)
         ask = Ask(
             prompt=text,
-            sampling=_sampling(given),
+            sampling=sampling,
             model=given.get("model"),
             priority=given.get("priority", 0),
             cache_salt=given.get("cache_salt", ""),
             add_special_tokens=add_special_tokens,
             fills_context=True,
             prompt_param="messages",
+            visible_tokens=plan.visible_tokens,
         )
         request_id = service.free_id("chatcmpl", wanted_id)
         resolved = await service.validator.resolve(ask, request_id)
         names = TokenNames(service.validator.tokenizer, options.tokens_as_ids)
         if options.stream:
             head = new_head(service, "chat.completion.chunk", request_id)
-            form = _ChatEvents(resolved, options, names)
+            form = _ChatEvents(resolved, options, names, plan)
             await stream_call(service, head, resolved, options, form, reply)
             return
         head = new_head(service, "chat.completion", request_id)
         completed, usage = await collect_call(service, request_id, resolved)
-        choices = [_choice(index, one, options, names) for index, one in enumerate(completed)]
+        choices = [_choice(index, one, options, names, plan) for index, one in enumerate(completed)]
         answer = head | {"choices": choices, "usage": usage.body()}
         if options.return_token_ids:
             answer["prompt_token_ids"] = resolved.prompts[0]
@@ -73,7 +83,7 @@ class ChatCompletions:
         await reply.json(answer)
 
 
-def chat_prompt(tokenizer: Tokenizer, given: dict[str, Any]) -> tuple[str, bool]:
+def chat_prompt(tokenizer: Tokenizer, given: dict[str, Any], tools: ToolRequest) -> tuple[str, bool]:
     """The prompt text of checked fields, and whether the tokenizer adds its special tokens to it.
 
     A template writes them itself; the plain format leaves them to the tokenizer. Raises RequestError.
@@ -91,9 +101,19 @@ def chat_prompt(tokenizer: Tokenizer, given: dict[str, Any]) -> tuple[str, bool]
     for name in _RESERVED_KWARGS & kwargs.keys():
         message = f"chat_template_kwargs must not hold {name!r}"
         raise RequestError(message, f"chat_template_kwargs.{name}")
-    text = render_chat(tokenizer, messages, adds_prompt, continues, kwargs)
+    # What must not be called need not be told of.
+    shown_tools = tools.tools if tokenizer.takes_tools or tools.choice != "none" else None
+    text = render_chat(tokenizer, messages, adds_prompt, continues, kwargs, shown_tools)
     adds_special = given.get("add_special_tokens", tokenizer.chat_template is None)
     return text, check_bool(adds_special, "add_special_tokens")
+
+
+def _continued(given: dict[str, Any]) -> str | None:
+    """The part of the answer that the (checked) messages hold."""
+    if not given.get("continue_final_message", False):
+        return None
+    (last,) = check_messages(given["messages"][-1:])
+    return str(last["content"])
 
 
 def _sampling(given: dict[str, Any]) -> dict[str, Any]:
@@ -110,12 +130,13 @@ def _sampling(given: dict[str, Any]) -> dict[str, Any]:
     return sampling
 
 
-def _choice(index: int, one: Completed, options: Options, names: TokenNames) -> dict[str, Any]:
+def _choice(index: int, one: Completed, options: Options, names: TokenNames, plan: AnswerPlan) -> dict[str, Any]:
+    reader = plan.new_reader()
     choice = {
         "index": index,
-        "message": {"role": "assistant", "content": one.text, "refusal": None},
+        "message": message_body(reader.push(one.text, is_last=True)),
         "logprobs": None if one.logprobs is None else chat_logprobs(one.token_ids, one.logprobs, names),
-        "finish_reason": one.finish_reason,
+        "finish_reason": reader.finish_reason(one.finish_reason),
         "stop_reason": one.stop_reason,
     }
     if options.return_token_ids:
@@ -123,14 +144,23 @@ def _choice(index: int, one: Completed, options: Options, names: TokenNames) -> 
     return choice
 
 
-class _ChatEvents:
-    """First a chunk with `delta.role`, then `delta.content`, at the end an empty delta with the finish_reason."""
+def _bodies(reader: AnswerReader | None, delta: Delta) -> list[bytes]:
+    """The `delta` objects that tell what is new."""
+    if reader is None:
+        return [b'{"content":%b}' % orjson.dumps(delta.text)] if delta.text else []
+    events = reader.push(delta.text, is_last=delta.finish_reason is not None)
+    return [orjson.dumps(body) for event in events if (body := delta_body(event)) is not None]
 
-    def __init__(self, resolved: Resolved, options: Options, names: TokenNames) -> None:
+
+class _ChatEvents:
+    """First a chunk with `delta.role`, then what is new, at the end an empty delta with the finish_reason."""
+
+    def __init__(self, resolved: Resolved, options: Options, names: TokenNames, plan: AnswerPlan) -> None:
         self._resolved = resolved
         self._options = options
         self._names = names
         self._new = set(range(len(resolved.requests)))
+        self._readers = [plan.new_reader() if plan.reads_text else None for _ in resolved.requests]
 
     def choices(self, index: int, delta: Delta) -> list[bytes]:
         choices = []
@@ -143,14 +173,18 @@ class _ChatEvents:
         logprobs = b"null"
         if delta.logprobs is not None:
             logprobs = orjson.dumps(chat_logprobs(delta.token_ids, delta.logprobs, self._names))
-        if delta.text or (delta.token_ids and (token_ids or delta.logprobs is not None)):
-            content = orjson.dumps(delta.text)
+        reader = self._readers[index]
+        bodies = _bodies(reader, delta)
+        if not bodies and delta.token_ids and (token_ids or delta.logprobs is not None):
+            bodies = [b'{"content":""}' if reader is None else b"{}"]
+        for body in bodies:
             choices.append(
-                b'"index":%d,"delta":{"content":%b},"logprobs":%b,"finish_reason":null%b'
-                % (index, content, logprobs, token_ids)
+                b'"index":%d,"delta":%b,"logprobs":%b,"finish_reason":null%b' % (index, body, logprobs, token_ids)
             )
+            logprobs, token_ids = b"null", b""  # once
         if delta.finish_reason is not None:
-            reasons = {"finish_reason": delta.finish_reason, "stop_reason": delta.stop_reason}
+            reason = delta.finish_reason if reader is None else reader.finish_reason(delta.finish_reason)
+            reasons = {"finish_reason": reason, "stop_reason": delta.stop_reason}
             choices.append(b'"index":%d,"delta":{},"logprobs":null,%b' % (index, orjson.dumps(reasons)[1:-1]))
         return choices
 

@@ -6,6 +6,7 @@ from jinja2.exceptions import TemplateError
 
 from manta.cluster.doors.errors import RequestError
 from manta.cluster.doors.text import Tokenizer
+from manta.cluster.doors.tools.history import check_history, with_argument_texts
 
 TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
 
@@ -16,22 +17,28 @@ def render_chat(
     add_generation_prompt: bool,
     continue_final_message: bool,
     template_kwargs: dict[str, Any],
+    tools: list[dict[str, Any]] | None = None,
 ) -> str:
     """The prompt text of checked messages (see `check_messages`). Raises RequestError for what the template refuses.
 
     Without a template the plain format is used: one line "role: content" per message, then "assistant:" as the cue.
     """
+    if tools and not tokenizer.takes_tools:
+        message = "the model's chat template does not take tools; start the server with a --chat-template that does"
+        raise RequestError(message, "tools", "unsupported_parameter")
     if tokenizer.chat_template is None:
         return _plain_format(messages, add_generation_prompt, continue_final_message)
+    kwargs = template_kwargs | {
+        "chat_template": tokenizer.tool_template if tools else tokenizer.chat_template,
+        "tools": tools or None,
+        "add_generation_prompt": add_generation_prompt,
+        "continue_final_message": continue_final_message,
+    }
     try:
-        text = tokenizer.hf.apply_chat_template(
-            messages,
-            chat_template=tokenizer.chat_template,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-            tokenize=False,
-            **template_kwargs,
-        )
+        try:
+            text = tokenizer.hf.apply_chat_template(messages, tokenize=False, **kwargs)
+        except TypeError:  # the template joins arguments to texts
+            text = tokenizer.hf.apply_chat_template(with_argument_texts(messages), tokenize=False, **kwargs)
     except TemplateError as error:
         raise RequestError(f"messages do not fit the model's chat template: {error}", "messages")
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
@@ -48,7 +55,8 @@ def _plain_format(messages: list[dict[str, Any]], add_generation_prompt: bool, c
 
 
 def check_messages(value: Any) -> list[dict[str, Any]]:
-    """Messages with plain string contents; all other keys are left for the template. Raises RequestError."""
+    """Messages with plain string contents and calls of tools as `check_history` says; all other keys are left for the
+    template. Raises RequestError."""
     if value is None:
         raise RequestError("messages is required", "messages", "missing_required_parameter")
     if not isinstance(value, list):
@@ -69,7 +77,7 @@ def _check_message(message: Any, where: str) -> dict[str, Any]:
     content = message.get("content")
     if content is None and role != "assistant":
         raise RequestError(f"{where}.content is required", f"{where}.content", "missing_required_parameter")
-    return message | {"content": _join_content(content, f"{where}.content")}
+    return check_history(message, where) | {"content": _join_content(content, f"{where}.content")}
 
 
 def _join_content(content: Any, where: str) -> str:

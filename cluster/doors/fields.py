@@ -25,8 +25,11 @@ SHARED = frozenset(
     }
 )
 COMPLETION = SAMPLING | SHARED | {"prompt", "echo", "response_format"}
-CHAT_TEMPLATE = frozenset({"messages", "add_generation_prompt", "continue_final_message", "chat_template_kwargs"})
-CHAT = SAMPLING | SHARED | CHAT_TEMPLATE | {"max_completion_tokens", "top_logprobs", "response_format"}
+CHAT_TEMPLATE = frozenset(
+    {"messages", "add_generation_prompt", "continue_final_message", "chat_template_kwargs", "tools"}
+)
+TOOLS = frozenset({"tool_choice", "parallel_tool_calls", "include_reasoning"})
+CHAT = SAMPLING | SHARED | CHAT_TEMPLATE | TOOLS | {"max_completion_tokens", "top_logprobs", "response_format"}
 TOKENIZE = CHAT_TEMPLATE | {"model", "prompt", "add_special_tokens", "return_token_strs"}
 DETOKENIZE = frozenset({"model", "tokens"})
 
@@ -77,6 +80,8 @@ _HINTS = {
     "chat_template": "start the server with --chat-template",
     "reasoning_effort": "pass what the model's template reads through chat_template_kwargs",
     "best_of": "use n",
+    "tools": "they belong to chat",
+    "tool_choice": "it belongs to chat",
 }
 # Former or misspelt names of constrained output that difflib would not find, and which part of the field they mean.
 _CONSTRAINTS = {

@@ -47,7 +47,9 @@ class Tokenizer:
 
     def __init__(self, hf_tokenizer: Any, chat_template: str | None = None) -> None:
         self.hf = hf_tokenizer
-        self.chat_template: str | None = chat_template or _default_template(hf_tokenizer)
+        self.chat_template: str | None = chat_template or _template(hf_tokenizer, "default")
+        # Some models have another template for prompts with tools.
+        self.tool_template: str | None = chat_template or _template(hf_tokenizer, "tool_use") or self.chat_template
         self._backend = hf_tokenizer.backend_tokenizer if hf_tokenizer.is_fast else None
         if self._backend is not None:
             # Set once here, so that encoding never changes the shared tokenizer while another thread uses it.
@@ -58,6 +60,11 @@ class Tokenizer:
         self._texts: dict[int, str] = {}
         # The longest token as the vocabulary writes it. Here, not on first use: a large vocabulary takes 0.1 s.
         self.max_token_characters: int = max(len(token) for token in hf_tokenizer.get_vocab())
+
+    @property
+    def takes_tools(self) -> bool:
+        """A prompt can tell the model of tools."""
+        return self.tool_template is not None and "tools" in self.tool_template
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
@@ -152,8 +159,8 @@ def _read_template(template: str | None) -> str | None:
     return path.read_text(encoding="utf-8")
 
 
-def _default_template(hf_tokenizer: Any) -> str | None:
+def _template(hf_tokenizer: Any, name: str) -> str | None:
     template: Any = hf_tokenizer.chat_template
     if isinstance(template, dict):  # several, by name
-        template = template.get("default")
+        template = template.get(name)
     return None if template is None else str(template)

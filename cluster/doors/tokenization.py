@@ -8,6 +8,7 @@ from manta.cluster.doors.errors import RequestError
 from manta.cluster.doors.exchange import Reply
 from manta.cluster.doors.fields import check_fields
 from manta.cluster.doors.service import Service
+from manta.cluster.doors.tools.request import read_tools
 from manta.cluster.doors.validate import check_bool, shown
 
 
@@ -23,7 +24,7 @@ class Tokenize:
         if "messages" in given and "prompt" in given:
             raise RequestError("give either prompt or messages, not both", "messages")
         if "messages" in given:
-            text, add_special_tokens = chat_prompt(validator.tokenizer, given)
+            text, add_special_tokens = chat_prompt(validator.tokenizer, given, read_tools(given))
         else:
             prompt = given.get("prompt")
             if not isinstance(prompt, str):

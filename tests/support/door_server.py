@@ -27,7 +27,7 @@ def build_service(client: FakeClient, model_folder: Path, **config_fields: Any) 
     fields: dict[str, Any] = {"served_model_name": "tiny", "host": "127.0.0.1", "port": 0, "grpc_port": 0}
     config = ServeConfig(model=str(model_folder), **(fields | config_fields))
     tokenizer = load_tokenizer(config)
-    limits = read_limits(config, MAX_MODEL_LEN)
+    limits = read_limits(config, config.max_model_len or MAX_MODEL_LEN)
     validator = Validator(limits, tokenizer, random.Random(config.seed))
     return Service(client, config, validator, Running(client, tokenizer), 1.0, KeyRing.of(config))
 

@@ -49,7 +49,7 @@ def test_chat_prompts(http: httpx.Client, doors: DoorThread) -> None:
             {"chat_template_kwargs": {"tokenize": 1}},
             "chat_template_kwargs.tokenize",
         ),
-        ([{"role": "user", "content": "x"}], {"tools": [{"type": "function"}]}, "tools"),
+        ([{"role": "user", "content": "x"}], {"tools": [{"type": "function"}]}, "tools[0]"),
         ([{"role": "user", "content": "x"}], {"response_format": {"type": "xml"}}, "response_format.type"),
         ([{"role": "user", "content": "x"}], {"max_completion_tokens": "5"}, "max_completion_tokens"),
         ([{"role": "user", "content": "x"}], {"stream": 1}, "stream"),
