@@ -17,10 +17,11 @@ from manta.cluster.doors.limits import read_limits
 from manta.cluster.doors.output import OutputText
 from manta.cluster.doors.text import Tokenizer, load_tokenizer
 from manta.cluster.engine.batch import Batch, Job
-from manta.cluster.engine.outputs import RequestMetrics, RequestOutput
+from manta.cluster.engine.outputs import BeamSearchOutput, BeamSearchSequence, RequestMetrics, RequestOutput
 from manta.cluster.engine.thread import EngineThread
-from manta.cluster.engine.types import GenerationRequest, num_prompt_tokens_kept, resolve_sampling
+from manta.cluster.engine.types import Beams, GenerationRequest, num_prompt_tokens_kept, resolve_sampling
 from manta.cluster.launch.local import LocalLauncher, local_gpus
+from manta.configs.beam_search import BeamSearchParams
 from manta.configs.sampling import SamplingParams
 from manta.configs.schema import ServeConfig
 
@@ -116,6 +117,34 @@ class LLM:
             self._run(outputs, params, use_tqdm)
         return outputs
 
+    def beam_search(
+        self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams, use_tqdm: bool = True
+    ) -> list[BeamSearchOutput]:
+        """For each prompt the `beam_width` best sequences, by the rules of transformers' `generate(num_beams=...)`.
+        Raises as `generate`."""
+        fields = params.model_dump(include={"temperature", "max_tokens", "min_tokens", "ignore_eos"})
+        sampling = SamplingParams.model_validate(fields | {"seed": 0})
+        beams = Beams(params.beam_width, params.length_penalty, params.early_stopping)
+        groups = []
+        for index, prompt in enumerate(_as_list(prompts)):
+            ids = self._output_of(prompt, index, sampling).prompt_token_ids
+            request = GenerationRequest(self._next_request_id(), ids, sampling, beams=beams)
+            groups.append([Job(request, place, None) for place in range(params.beam_width)])
+        with self._lock:
+            self._run_jobs(groups, "Beams", use_tqdm)
+        return [BeamSearchOutput([self._sequence_of(job, params) for job in group]) for group in groups]
+
+    def _sequence_of(self, job: Job, params: BeamSearchParams) -> BeamSearchSequence:
+        output, cum_logprob = job.output, job.output.cumulative_logprob
+        assert cum_logprob is not None, "the engine tells it of every hypothesis"
+        score: float = cum_logprob / len(output.token_ids) ** params.length_penalty
+        kept = output.token_ids
+        if output.finish_reason == "stop" and not params.include_stop_str_in_output:
+            kept = kept[:-1]
+        tokens = [int(token) for token in job.request.prompt_token_ids] + kept
+        text = self._tokenizer.decode(tokens, True) if self._tokenizer else None
+        return BeamSearchSequence(tokens, cum_logprob, score, text, output.finish_reason)
+
     def chat(
         self,
         messages: Sequence[dict[str, Any]] | Sequence[Sequence[dict[str, Any]]],
@@ -178,19 +207,15 @@ class LLM:
         return RequestOutput("", text, ids, [], RequestMetrics(0.0))
 
     def _run(self, outputs: list[RequestOutput], params: list[SamplingParams], use_tqdm: bool) -> None:
-        jobs: list[Job] = []
+        groups: list[list[Job]] = []
         owners: dict[int, RequestOutput] = {}
         for output, sampling in zip(outputs, params, strict=True):
-            output.request_id = str(self._num_requests)
-            self._num_requests += 1
-            for job in self._jobs_of(output, sampling):
-                jobs.append(job)
-                owners[id(job)] = output
-        window = _WINDOW_FACTOR * self.config.max_num_seqs * self.config.data_parallel_size
-        batch = Batch(self._engine, jobs, self._num_handles + 1, min(window, self.config.max_num_queued_reqs))
-        self._num_handles += len(jobs)
-        with tqdm(total=len(jobs), desc="Completions", delay=_SHORT_BATCH_S, disable=not use_tqdm) as bar:
-            batch.run(on_finished=lambda _: bar.update())
+            jobs = self._jobs_of(output, sampling)
+            owners |= {id(job): output for job in jobs}
+            # What follows a grammar waits until that is ready, each by itself.
+            groups += [[job] for job in jobs] if sampling.structured_outputs else [jobs]
+        self._run_jobs(groups, "Completions", use_tqdm)
+        jobs = [job for group in groups for job in group]
         decode = self._tokenizer.token_text if self._tokenizer else None
         for job in jobs:
             job.finish(decode)
@@ -200,8 +225,21 @@ class LLM:
                 places = job.prompt_records.by_token(output.prompt_token_ids[1:], decode)
                 output.prompt_logprobs = [None, *places]
 
+    def _run_jobs(self, groups: list[list[Job]], what: str, use_tqdm: bool) -> None:
+        num_jobs = sum(map(len, groups))
+        window = _WINDOW_FACTOR * self.config.max_num_seqs * self.config.data_parallel_size
+        batch = Batch(self._engine, groups, self._num_handles + 1, min(window, self.config.max_num_queued_reqs))
+        self._num_handles += num_jobs
+        with tqdm(total=num_jobs, desc=what, delay=_SHORT_BATCH_S, disable=not use_tqdm) as bar:
+            batch.run(on_finished=lambda _: bar.update())
+
+    def _next_request_id(self) -> str:
+        self._num_requests += 1
+        return str(self._num_requests - 1)
+
     def _jobs_of(self, output: RequestOutput, sampling: SamplingParams) -> list[Job]:
         ids = output.prompt_token_ids
+        output.request_id = self._next_request_id()
         jobs = []
         bad_words = tokenize_bad_words(sampling.bad_words, self._text_tokenizer()) if sampling.bad_words else ()
         for index, one in enumerate(

@@ -1,13 +1,25 @@
 """From a frontend's Submit to the scheduler's Request: decoding, checks, and the ids that end the text."""
 
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
 import numpy as np
 
 from manta.configs.model import ModelSpec
 from manta.protos import engine_pb2 as pb
 from manta.protos import sampling_pb2
+from manta.scheduler.beam_search import BeamParams
 from manta.scheduler.types import RefusedError, Request, Tokens
 
 MAX_RECORDED = 256  # of the best tokens, with each log-probability: what workers can find
+
+
+_EARLY_STOPPING: dict[int, bool | Literal["never"]] = {
+    pb.Beams.HEURISTIC: False,
+    pb.Beams.AT_ONCE: True,
+    pb.Beams.NEVER: "never",
+}
 
 
 class InvalidSubmitError(RefusedError):
@@ -45,6 +57,38 @@ def build_request(submit: pb.Submit, request_id: int, spec: ModelSpec, now_s: fl
         num_logprobs=sampling.num_logprobs if sampling.HasField("num_logprobs") else None,
         num_prompt_logprobs=sampling.num_prompt_logprobs if sampling.HasField("num_prompt_logprobs") else None,
     )
+
+
+def build_samples(first: Request, request_ids: Sequence[int]) -> list[Request]:
+    """`first` and others like it with these ids: each draws with the next seed, and none of them asks of the prompt."""
+    requests = [first]
+    for place, request_id in enumerate(request_ids, start=1):
+        sampling = sampling_pb2.Sampling()
+        sampling.CopyFrom(first.sampling)
+        sampling.seed = (first.sampling.seed + place) % 2**64
+        sampling.ClearField("num_prompt_logprobs")
+        requests.append(replace(first, id=request_id, sampling=sampling, num_prompt_logprobs=None))
+    return requests
+
+
+def build_search(
+    first: Request, request_ids: Sequence[int], beams: pb.Beams, vocab_size: int
+) -> tuple[list[Request], BeamParams]:
+    """The requests of a beam search, `first` and others with these ids. Raises InvalidSubmitError."""
+    ends = first.stop_token_ids
+    num_candidates = beams.width + len(ends)
+    if not 1 + len(request_ids) <= beams.width:
+        raise InvalidSubmitError(f"a beam search of width {beams.width} cannot give {1 + len(request_ids)} sequences")
+    if num_candidates > min(MAX_RECORDED, vocab_size):
+        raise InvalidSubmitError(
+            f"a beam search of width {beams.width} with {len(ends)} tokens that end the text needs the "
+            f"{num_candidates} best tokens of each beam; {min(MAX_RECORDED, vocab_size)} are possible"
+        )
+    sampling = sampling_pb2.Sampling(top_p=1.0, repetition_penalty=1.0, num_logprobs=num_candidates)
+    one = replace(first, sampling=sampling, num_logprobs=None, num_prompt_logprobs=None)
+    early_stopping = _EARLY_STOPPING[beams.early_stopping]
+    params = BeamParams(beams.width, num_candidates, beams.length_penalty, early_stopping, ends)
+    return [one, *(replace(one, id=request_id) for request_id in request_ids)], params
 
 
 def _check_constraints(sampling: sampling_pb2.Sampling, vocab_size: int) -> None:

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Iterator
-from itertools import islice
 
 import numpy as np
 
@@ -48,6 +47,8 @@ class Job:
         chunk.prompt_logprobs, self._prompt_logprobs = b"".join(self._prompt_logprobs), []
         self._unread, self._unread_logprobs = [], []
         self._read(chunk)
+        if chunk.cumulative_logprob is not None:
+            self.output.cumulative_logprob = chunk.cumulative_logprob
         if self.output.finish_reason is not None:
             self.finished_time = time.time()
         return self.output.finish_reason is not None
@@ -83,11 +84,13 @@ class Job:
 
 
 class Batch:
-    """Keeps at most `window` requests in the engine, in the order of the jobs."""
+    """Keeps about `window` requests in the engine, in the order of the jobs. Those in one list are samples of a prompt,
+    or hypotheses of a search, and are submitted as one."""
 
-    def __init__(self, engine: EngineThread, jobs: list[Job], first_handle: int, window: int) -> None:
+    def __init__(self, engine: EngineThread, jobs: list[list[Job]], first_handle: int, window: int) -> None:
         self._engine = engine
-        self._waiting: Iterator[tuple[int, Job]] = enumerate(jobs, first_handle)
+        self._waiting: Iterator[list[Job]] = iter(jobs)
+        self._next_handle = first_handle
         self._window = window
         self._running: dict[int, Job] = {}
 
@@ -104,14 +107,16 @@ class Batch:
                 self._engine.abort(list(self._running))
 
     def _fill(self) -> None:
-        taken = list(islice(self._waiting, self._window - len(self._running)))
-        if not taken:
-            return
+        submits = []
         now = time.time()
-        for handle, job in taken:
-            job.arrival_time = now
-            self._running[handle] = job
-        self._engine.submit([build_submit(handle, job.request) for handle, job in taken])
+        while len(self._running) < self._window and (jobs := next(self._waiting, None)):
+            submits.append(build_submit(self._next_handle, jobs[0].request, len(jobs)))
+            for job in jobs:
+                job.arrival_time = now
+                self._running[self._next_handle] = job
+                self._next_handle += 1
+        if submits:
+            self._engine.submit(submits)
 
     def _feed(self, message: pb.EngineMessage) -> list[Job]:
         """The jobs that ended. News of handles that are not running belong to an earlier batch that was given up."""
@@ -139,6 +144,8 @@ class Batch:
             chunk.finish_reason = finished.reason
             chunk.stop_token = finished.stop_token if finished.HasField("stop_token") else None
             chunk.error = finished.error
+            if finished.HasField("cumulative_logprob"):
+                chunk.cumulative_logprob = finished.cumulative_logprob
         return self._push(chunks)
 
     def _push(self, chunks: dict[int, TokenChunk]) -> list[Job]:

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable
 from functools import partial
 
-from manta.cluster.engine.admission import build_request
+from manta.cluster.engine.admission import build_request, build_samples, build_search
 from manta.cluster.engine.block_tables import block_tables
 from manta.cluster.engine.bringup import Deployment
 from manta.cluster.engine.frontend import MAX_PENDING_BYTES, Frontend
@@ -21,6 +21,7 @@ from manta.scheduler.types import QueueFullError
 
 logger = logging.getLogger(__name__)
 
+MAX_SEQUENCES = 1024  # of one submit
 _MIN_RETRY_AFTER_S = 1.0
 _MAX_RETRY_AFTER_S = 60.0
 
@@ -90,6 +91,9 @@ class Engine:
 
     def submit(self, frontend: Frontend, submit: pb.Submit) -> None:
         """Queues a request, or tells the frontend why not. Raises ValueError when the handle is in use."""
+        if submit.num_sequences > 1 or submit.HasField("beams"):
+            self._submit_group(frontend, submit)
+            return
         request_id = self._publisher.open_request(frontend, submit.handle)
         refused = self._refusal()
         if refused is None and submit.sampling.HasField("grammar"):
@@ -103,22 +107,60 @@ class Engine:
         """Gives an open request to the scheduler unless it is refused already, or has ended while it was held."""
         if frontend.requests.get(submit.handle) != request_id:
             return
+        self._give(frontend, submit, [request_id], refused)
+
+    def _submit_group(self, frontend: Frontend, submit: pb.Submit) -> None:
+        """As `submit`, for several sequences of one prompt: all are queued, or none."""
+        refused = self._refusal()
+        num_sequences = max(submit.num_sequences, 1)
+        if num_sequences > MAX_SEQUENCES:
+            num_sequences = 1
+            message = f"{submit.num_sequences} sequences of one prompt are more than {MAX_SEQUENCES}"
+            refused = pb.Refused(code=pb.Refused.INVALID, message=message)
+        elif submit.sampling.HasField("grammar") or submit.output_tokens:
+            message = "sequences that follow a grammar, or have output already, are submitted one by one"
+            refused = pb.Refused(code=pb.Refused.INVALID, message=message)
+        request_ids = []
+        try:
+            for handle in range(submit.handle, submit.handle + num_sequences):
+                request_id = self._publisher.open_request(frontend, handle)
+                request_ids.append(request_id)
+        except ValueError:
+            for handle in range(submit.handle, submit.handle + len(request_ids)):
+                self._publisher.close_request(frontend, handle)
+            raise
+        self._give(frontend, submit, request_ids, refused)
+
+    def _give(self, frontend: Frontend, submit: pb.Submit, request_ids: list[int], refused: pb.Refused | None) -> None:
+        """Gives open requests, whose handles follow each other, to the scheduler unless they are refused already."""
         publisher = self._publisher
         if refused is None:
             try:
-                self.scheduler.add(build_request(submit, request_id, self._spec, publisher.clock()))
-                self._publisher.publish(self.scheduler.take_events(), 0)
+                self._add(submit, request_ids)
+                publisher.publish(self.scheduler.take_events(), 0)
             except QueueFullError as error:
                 retry_after_s = min(max(publisher.recent_queue_s, _MIN_RETRY_AFTER_S), _MAX_RETRY_AFTER_S)
                 refused = pb.Refused(code=pb.Refused.QUEUE_FULL, message=str(error), retry_after_s=retry_after_s)
             except ValueError as error:  # RefusedError, or columns that are no whole number of tokens
                 refused = pb.Refused(code=pb.Refused.INVALID, message=str(error))
-        if refused is not None:
-            refused.handle = submit.handle
-            publisher.close_request(frontend, submit.handle)
-            frontend.add_refused(refused)
+        if refused is None:
+            self._wake()
             return
-        self._wake()
+        for handle in range(submit.handle, submit.handle + len(request_ids)):
+            told = pb.Refused()
+            told.CopyFrom(refused)
+            told.handle = handle
+            publisher.close_request(frontend, handle)
+            frontend.add_refused(told)
+
+    def _add(self, submit: pb.Submit, request_ids: list[int]) -> None:
+        first = build_request(submit, request_ids[0], self._spec, self._publisher.clock())
+        if submit.HasField("beams"):
+            self.scheduler.add_search(*build_search(first, request_ids[1:], submit.beams, self._spec.vocab_size))
+        elif len(request_ids) > 1:
+            self.scheduler.add_group(build_samples(first, request_ids[1:]))
+        else:
+            self.scheduler.add(first)
 
     def abort(self, frontend: Frontend, handles: list[int]) -> None:
         """Ends requests with reason "abort"; those that have ended already are ignored."""

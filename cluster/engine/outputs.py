@@ -19,6 +19,24 @@ class CompletionOutput:
 
 
 @dataclass(slots=True)
+class BeamSearchSequence:
+    """What a beam search found."""
+
+    tokens: list[int]  # prompt and output
+    cum_logprob: float  # of the output
+    score: float  # cum_logprob / (number of generated tokens) ** length_penalty
+    text: str | None = None  # of all tokens
+    finish_reason: str | None = None  # "stop" or "length"
+
+
+@dataclass(slots=True)
+class BeamSearchOutput:
+    """The sequences found for a prompt, best first."""
+
+    sequences: list[BeamSearchSequence]
+
+
+@dataclass(slots=True)
 class RequestMetrics:
     """Seconds since the epoch, over all completions of the prompt."""
 

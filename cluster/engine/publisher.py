@@ -105,9 +105,10 @@ class Publisher:
         table.started_s[row] = now_s
         self.recent_queue_s += 0.1 * (queue_s - self.recent_queue_s)
         metrics.queue_s.observe(queue_s)
-        metrics.prompt_tokens.value += len(started.request.prompt)
-        metrics.prefix_cache_queries.value += len(started.request.prompt)
-        metrics.prefix_cache_hits.value += started.num_cached_tokens
+        if not started.is_follower:
+            metrics.prompt_tokens.value += len(started.request.prompt)
+            metrics.prefix_cache_queries.value += len(started.request.prompt)
+            metrics.prefix_cache_hits.value += started.num_cached_tokens
         handle = int(table.handle[row])
         news = pb.Started(handle=handle, num_cached_tokens=started.num_cached_tokens, queue_s=queue_s)
         self._frontends[int(table.frontend[row])].add_started(news)
@@ -148,5 +149,12 @@ class Publisher:
                 metrics.tpot_s.observe((last_s - first_s) / (finished.num_output_tokens - 1))
         frontend = self._frontends[int(table.frontend[row])]
         handle = int(table.handle[row])
-        frontend.add_finished(pb.Finished(handle=handle, reason=finished.reason, stop_token=finished.stop_token))
+        frontend.add_finished(
+            pb.Finished(
+                handle=handle,
+                reason=finished.reason,
+                stop_token=finished.stop_token,
+                cumulative_logprob=finished.cumulative_logprob,
+            )
+        )
         self.close_request(frontend, handle)

@@ -1,12 +1,13 @@
 """The client's side of one stream of EngineMessages: columns of tokens in, one queue per request out."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 
 import numpy as np
 
 from manta.cluster.engine.codec import encode_sampling, int32_bytes
 from manta.cluster.engine.types import (
+    Beams,
     DrainingError,
     EngineError,
     GenerationRequest,
@@ -56,6 +57,8 @@ class RequestStream:
             chunk.finish_reason = self.finished.reason
             chunk.stop_token = self.finished.stop_token if self.finished.HasField("stop_token") else None
             chunk.error = self.finished.error
+            if self.finished.HasField("cumulative_logprob"):
+                chunk.cumulative_logprob = self.finished.cumulative_logprob
         return chunk
 
 
@@ -133,8 +136,53 @@ async def run_request(
             send(pb.FrontendMessage(abort=pb.Abort(handles=[stream.handle])))
 
 
-def build_submit(handle: int, request: GenerationRequest) -> pb.Submit:
-    """Raises ValueError when max_tokens or the seed is not resolved."""
+class RequestGroup:
+    """Several sequences of one prompt that are submitted together, when the first of them is read. `requests` differ as
+    those of `resolve_sampling` do. Close it in the end: sequences that nobody began to read are aborted."""
+
+    def __init__(
+        self, streams: StreamTable, requests: Sequence[GenerationRequest], send: Callable[[pb.FrontendMessage], None]
+    ) -> None:
+        self._streams = streams
+        self._requests = requests
+        self._send = send
+        self._unread: dict[int, RequestStream] | None = None  # by place; None before they are submitted
+
+    async def chunks(self, place: int) -> AsyncGenerator[TokenChunk, None]:
+        """As `run_request`, of requests[place]; once for each."""
+        if self._unread is None:
+            self._unread = dict(enumerate(self._streams.open() for _ in self._requests))
+            submit = build_submit(self._unread[0].handle, self._requests[0], len(self._requests))
+            self._send(pb.FrontendMessage(submit=submit))
+        stream = self._unread.pop(place)
+        ended = False
+        try:
+            while not ended:
+                try:
+                    chunk = await stream.next_chunk()
+                except EngineError:
+                    ended = True
+                    raise
+                ended = chunk.finish_reason is not None
+                yield chunk
+        finally:
+            self._give_up([stream], is_over=ended)
+
+    def close(self) -> None:
+        """May be called twice."""
+        if self._unread:
+            self._give_up(list(self._unread.values()), is_over=False)
+            self._unread = {}
+
+    def _give_up(self, streams: list[RequestStream], is_over: bool) -> None:
+        for stream in streams:
+            self._streams.close(stream)
+        if not is_over:
+            self._send(pb.FrontendMessage(abort=pb.Abort(handles=[stream.handle for stream in streams])))
+
+
+def build_submit(handle: int, request: GenerationRequest, num_sequences: int = 1) -> pb.Submit:
+    """Of several sequences `request` is the first. Raises ValueError when max_tokens or the seed is not resolved."""
     sampling = request.sampling
     if sampling.max_tokens is None:
         raise ValueError("max_tokens must be resolved before a request is sent")
@@ -150,7 +198,14 @@ def build_submit(handle: int, request: GenerationRequest) -> pb.Submit:
         priority=request.priority,
         tenant=request.tenant,
         cache_salt=request.cache_salt.encode(),
+        num_sequences=num_sequences if num_sequences > 1 else 0,
+        beams=None if request.beams is None else _encode_beams(request.beams),
     )
+
+
+def _encode_beams(beams: Beams) -> pb.Beams:
+    early_stopping = {False: pb.Beams.HEURISTIC, True: pb.Beams.AT_ONCE, "never": pb.Beams.NEVER}[beams.early_stopping]
+    return pb.Beams(width=beams.width, length_penalty=beams.length_penalty, early_stopping=early_stopping)
 
 
 def refusal(refused: pb.Refused) -> EngineError:

@@ -3,11 +3,21 @@
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from manta.configs.sampling import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Beams:
+    """A beam search: transformers' num_beams, length_penalty and early_stopping."""
+
+    width: int
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +32,7 @@ class GenerationRequest:
     cache_salt: str = ""  # requests share cached blocks only under the same salt
     output_token_ids: NDArray[np.int32] | Sequence[int] = ()  # delivered already: a resubmit
     bad_words: Sequence[Sequence[int]] = ()  # the tokens of sampling.bad_words
+    beams: Beams | None = None  # it gets a hypothesis of this search, with all its tokens in one chunk
 
 
 @dataclass(slots=True)
@@ -34,6 +45,7 @@ class TokenChunk:
     num_cached_tokens: int = 0  # prompt tokens whose KV the prefix cache held
     queue_s: float = 0.0  # from submission to the first slot
     error: str = ""  # one sentence, with finish_reason "error"
+    cumulative_logprob: float | None = None  # of all tokens, at the end of a hypothesis of a beam search
     logprobs: bytes = b""  # a record per token, where asked for: see `logprobs.read_records`
     prompt_logprobs: bytes = b""  # of the prompt's tokens, from the second on: all of them in the first chunk
 

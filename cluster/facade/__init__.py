@@ -5,13 +5,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from manta.cluster.llm import LLM
+    from manta.configs.beam_search import BeamSearchParams
     from manta.configs.sampling import SamplingParams
     from manta.configs.structured_outputs import StructuredOutputsParams
 
-__all__ = ["LLM", "SamplingParams", "StructuredOutputsParams", "__version__"]
+__all__ = ["LLM", "BeamSearchParams", "SamplingParams", "StructuredOutputsParams", "__version__"]
 
 _HOMES = {
     "LLM": "manta.cluster.llm",
+    "BeamSearchParams": "manta.configs.beam_search",
     "SamplingParams": "manta.configs.sampling",
     "StructuredOutputsParams": "manta.configs.structured_outputs",
 }
