@@ -5,9 +5,9 @@
 
 Needs torch, triton, transformers, grpcio, protobuf, pydantic and numpy; the tests also pytest. Prints hardware and
 versions, compares tokens and logits with transformers', measures whole models with random weights, attention and the
-other kernels, runs the tests for GPUs, and measures transformers on the same work. What fails is reported, and the rest
-goes on; the exit code is then 1. What has not begun when the time limit is over is left out: give the parts to several
-runs.
+other kernels, runs the tests for GPUs, and measures transformers on the same work. Every part is a process of its own:
+what fails is reported, and the rest goes on; the exit code is then 1. What has not begun when the time limit is over is
+left out: give the parts to several runs.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import attention
+import children
 import correctness
 import device_tests
 import engine
@@ -46,16 +47,19 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--modes", nargs="+", choices=engine.MODES, default=engine.MODES, help="of engine and profile")
     parser.add_argument("--time-limit-s", type=float, default=510.0, help="nothing begins later (default 510)")
     parser.add_argument("--out", type=Path, help="JSON file with all records, written after each")
+    parser.add_argument("--append", action="store_true", help="keep what the file has")
+    parser.add_argument("--processes", choices=["one", "each"], help="one for each part; one for all on a CPU")
     return parser.parse_args()
 
 
 def main() -> int:
     args, begin_s = parse_args(), time.perf_counter()
-    device = torch.device("cuda", 0) if args.device == "cuda" else torch.device("cpu")
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("no CUDA device; --device cpu --small tries the script itself")
-    report = Report(args.out, args.time_limit_s)
-    report.put("command", sys.argv)
+    if args.processes == "each" or (args.processes is None and args.device == "cuda"):
+        return children.run(args)
+    device = torch.device("cuda", 0) if args.device == "cuda" else torch.device("cpu")
+    report = Report(args.out, args.time_limit_s, args.append)
     report.put("hardware", hardware.describe(device))
     print(json.dumps(report.content["hardware"]), flush=True)
     limits = hardware.measure(device, args.small)
@@ -64,7 +68,8 @@ def main() -> int:
     for part in args.parts:
         print(f"\n== {part}", flush=True)
         report.run(part, _units(args, device, limits, report)[part](), partial(clean_up, device))
-    report.put("total_s", time.perf_counter() - begin_s)
+    seconds = report.content.get("total_s", 0.0) + time.perf_counter() - begin_s
+    report.put("total_s", seconds)
     return int(report.num_failed > 0)
 
 

@@ -15,11 +15,13 @@ Unit = tuple[str, Callable[[], Iterable[Record]]]  # its name, and its records, 
 class Report:
     """Owns the records of all parts, `{part: [record, ...]}` beside what is known of the machine."""
 
-    def __init__(self, path: Path | None, time_limit_s: float) -> None:
-        """Nothing begins later than time_limit_s from now on."""
+    def __init__(self, path: Path | None, time_limit_s: float, append: bool = False) -> None:
+        """Nothing begins later than time_limit_s from now on. append: to what the file has, if it is there."""
         self._path = path
         self._ends_s = time.perf_counter() + time_limit_s
         self.content: dict[str, Any] = {}
+        if append and path is not None and path.is_file():
+            self.content = json.loads(path.read_text())
         self.num_failed = 0
 
     @property
@@ -32,8 +34,7 @@ class Report:
 
     def run(self, part: str, units: Iterable[Unit], clean_up: Callable[[], None]) -> None:
         """All units of a part. One that fails is a record, too, and the next goes on with a clean device."""
-        records: list[Record] = []
-        self.put(part, records)
+        records: list[Record] = self.content.setdefault(part, [])
         for name, unit in units:
             if self.left_s <= 0:
                 self._add(records, {"unit": name, "skipped": "the time limit"})
@@ -63,4 +64,6 @@ class Report:
 
     def _write(self) -> None:
         if self._path is not None:
-            self._path.write_text(json.dumps(self.content, indent=1))
+            beside = self._path.with_name(f"{self._path.name}.new")
+            beside.write_text(json.dumps(self.content, indent=1))
+            beside.replace(self._path)  # whole at every moment
