@@ -3,6 +3,7 @@ of some hundred."""
 
 from bisect import bisect_left
 from collections.abc import Callable
+from functools import cache
 from typing import Protocol
 
 import numpy as np
@@ -88,13 +89,19 @@ class DecodeGraphs:
         return self._graphs[self._sizes[index]] if index < len(self._sizes) else None
 
 
+@cache
+def _recording_stream(device: int) -> torch.cuda.Stream:
+    """One for all recordings: libraries keep memory for every stream they have seen, cuBLAS some 32 MiB."""
+    stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    return stream
+
+
 class CudaRecorder:
-    """Records CUDA graphs that share one pool of memory: they never run at the same time. They share one stream, too:
-    libraries keep memory for every stream they have seen, cuBLAS some 32 MiB."""
+    """Records CUDA graphs that share one pool of memory: they never run at the same time."""
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._stream = _recording_stream(torch.cuda.current_device())
 
     def __call__(self, run: Callable[[], object]) -> Recording:
         self._stream.wait_stream(torch.cuda.current_stream())

@@ -44,7 +44,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--small", action="store_true", help="sizes that a CPU can do")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--shapes", nargs="+", default=["qwen3-0.6b", "llama-3.1-8b"])
-    parser.add_argument("--modes", nargs="+", choices=engine.MODES, default=engine.MODES, help="of engine and profile")
+    parser.add_argument("--modes", nargs="+", choices=engine.MODES, default=engine.MODES, help="of the engine part")
     parser.add_argument("--time-limit-s", type=float, default=510.0, help="nothing begins later (default 510)")
     parser.add_argument("--out", type=Path, help="JSON file with all records, written after each")
     parser.add_argument("--append", action="store_true", help="keep what the file has")
