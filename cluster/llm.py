@@ -154,9 +154,10 @@ class LLM:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         chat_template_kwargs: dict[str, Any] | None = None,
+        tools: list[dict[str, Any]] | None = None,
     ) -> list[RequestOutput]:
-        """One conversation or a list of them, through the model's chat template. Raises as `generate`, and RequestError
-        for messages that do not fit the template."""
+        """One conversation or a list of them, through the model's chat template, which also gets `tools`; calls of them
+        stay in the text. Raises as `generate`, and RequestError for messages that do not fit the template."""
         conversations: Any = [messages] if messages and isinstance(messages[0], dict) else messages
         tokenizer = self._text_tokenizer()
         prompts: list[Prompt] = []
@@ -167,6 +168,7 @@ class LLM:
                 add_generation_prompt,
                 continue_final_message,
                 chat_template_kwargs or {},
+                tools,
             )
             # The template writes the special tokens itself.
             ids = tokenizer.encode(text, add_special_tokens=tokenizer.chat_template is None)
