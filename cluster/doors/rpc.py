@@ -11,7 +11,7 @@ from manta.cluster.doors.errors import RequestError, from_engine, internal
 from manta.cluster.doors.exchange import is_request_id
 from manta.cluster.doors.generation import IndexedDelta
 from manta.cluster.doors.output import Delta
-from manta.cluster.doors.rpc_writer import SlowReaderError, end_slow_call, write_in_time
+from manta.cluster.doors.rpc_writer import RpcWriter, SlowReaderError, end_slow_call
 from manta.cluster.doors.service import Service
 from manta.cluster.doors.state import answer_in_time, manta_version
 from manta.cluster.doors.usage import Usage
@@ -64,8 +64,9 @@ class InferenceServicer(pb_grpc.InferenceServicer):
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
         try:
             async with contextlib.aclosing(_generate(self._service, request)) as responses:
-                async for response in responses:
-                    await write_in_time(context, response)
+                with RpcWriter(context) as writer:
+                    async for response in responses:
+                        await writer.write(response)
         except SlowReaderError:
             await end_slow_call(context)
         except (RequestError, EngineError) as error:
