@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -24,6 +25,10 @@ ENDLESS = 301  # a prompt of this token is answered without an end
 
 @pytest.fixture
 def endless(engine: FakeClient, doors: DoorThread) -> FakeClient:
+    return never_ending(engine)
+
+
+def never_ending(engine: FakeClient) -> FakeClient:
     """Requests for the prompt [ENDLESS] get tokens for ever, all others are answered as usual."""
     generate = engine.generate
 
@@ -133,6 +138,20 @@ def test_a_whole_answer_that_is_not_taken_is_dropped(doors: DoorThread, engine: 
         connection.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
         assert connection.recv(12, socket.MSG_PEEK | socket.MSG_WAITALL) == b"HTTP/1.1 200"
         wait_for(lambda: num_connections() == before)
+
+
+def test_a_server_ends_beside_clients_that_do_not_read(model_folder: Path) -> None:
+    engine = never_ending(FakeClient())
+    with DoorThread(engine, model_folder) as doors, grpc.insecure_channel(doors.grpc_address) as channel:
+        call = pb_grpc.InferenceStub(channel).Generate(
+            pb.GenerateRequest(tokens=pb.TokenIds(ids=[ENDLESS]), stream=True)
+        )
+        with post(doors, {"prompt": [ENDLESS], "stream": True}) as connection:
+            assert next(call).token_ids
+            assert connection.recv(100).startswith(b"HTTP/1.1 200")
+            assert not doors.run(lambda: doors.server.stop(0.0))
+            assert len(engine.aborted) == 2
+            assert not len(doors.service.running)
 
 
 def test_a_slow_reader_that_does_read_gets_everything(
