@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from manta.cluster.doors.tools.events import Content, Event, Reasoning, merged
+from manta.cluster.doors.tools.parser import plain_text
 
 
 class ReasoningParser:
@@ -18,14 +19,23 @@ class ReasoningParser:
         self._start, self._end, self._is_open = start, end, is_open
         self._events: list[Event] = []
         self._held = ""
+        self._plain = plain_text(end[0])
         self._state: Callable[[str], None] = self._before
 
     def push(self, text: str) -> list[Event]:
-        for position, char in enumerate(text):
+        position = 0
+        while position < len(text):
             if self._state == self._content:
                 self._events.append(Content(text[position:]))
                 break
-            self._state(char)
+            if not self._held and self._state == self._thought:  # as single characters would do, but faster
+                span = self._plain.match(text, position)
+                if span is not None:
+                    self._events.append(Reasoning(span.group()))
+                    position = span.end()
+                    continue
+            self._state(text[position])
+            position += 1
         return self._take_events()
 
     def flush(self) -> list[Event]:

@@ -1,12 +1,21 @@
 """What all formats of tool calls have in common: text before and between the calls, and calls that prove to be none."""
 
+import re
 import uuid
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, ClassVar
 
 from manta.cluster.doors.tools.events import Arguments, Broken, Call, Content, Event, merged
 from manta.cluster.doors.tools.json_call import JsonCallReader
 from manta.cluster.doors.tools.json_value import JsonError
+
+
+@cache
+def plain_text(stops: str) -> re.Pattern[str]:
+    """Matches as much text as there is without the characters `stops`, up to the last that is not whitespace."""
+    none = "".join(re.escape(stop) for stop in stops)
+    return re.compile(rf"[^{none}]*[^\s{none}]" if none else r"[\s\S]*\S")
 
 
 class ToolParser:
@@ -25,14 +34,23 @@ class ToolParser:
         self._events: list[Event] = []
         self._state: Callable[[str], None] = self._text
         self._held = ""  # in the text: whitespace, and what may become an opening
+        self._plain = plain_text("".join(opening[0] for opening in self.OPENINGS))
         self._raw: list[str] = []  # of the call being read, from before its opening on
         self._num_calls = 0
         self._is_announced = False
         self._follows_call = False
 
     def push(self, text: str) -> list[Event]:
-        for char in text:
-            self._state(char)
+        position = 0
+        while position < len(text):
+            if not self._held and self._state == self._text:  # as single characters would do, but faster
+                span = self._plain.match(text, position)
+                if span is not None:
+                    self._release(span.group())
+                    position = span.end()
+                    continue
+            self._state(text[position])
+            position += 1
         return self._take_events()
 
     def flush(self) -> list[Event]:
