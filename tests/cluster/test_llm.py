@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from manta.cluster.doors.errors import RequestError
 from manta.cluster.engine.types import EngineError, EngineLostError
 from manta.cluster.llm import LLM
 from manta.cluster.preflight import PreflightError
@@ -155,6 +156,17 @@ def test_chat_uses_the_template(llm: LLM) -> None:
     (same,) = llm.generate({"prompt_token_ids": output.prompt_token_ids}, params())
     assert same.outputs == output.outputs
     assert len(llm.chat([conversation, conversation], params(max_tokens=1))) == 2
+
+
+def test_chat_gives_tools_to_the_template(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    conversation = [{"role": "user", "content": "Hello"}]
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    with pytest.raises(RequestError, match="does not take tools"):
+        llm.chat(conversation, params(), tools=tools)
+    template = "{{ tools[0].function.name }}: {{ messages[0].content }}"
+    monkeypatch.setattr(llm._tokenizer, "tool_template", template)
+    (output,) = llm.chat(conversation, params(max_tokens=1), tools=tools)
+    assert output.prompt == "weather: Hello"
 
 
 def test_a_repeated_prompt_hits_the_prefix_cache(llm: LLM) -> None:

@@ -23,6 +23,8 @@ def force_calls(request: ToolRequest, sampling: dict[str, Any]) -> None:
     except ValidationError as error:
         reason = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
         raise RequestError(f"tool_choice cannot be forced with these tools: {reason}", "tools")
+    except RecursionError:
+        raise RequestError("tool_choice cannot be forced with these tools: they nest too deep", "tools")
 
 
 def tool_schema(request: ToolRequest) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from transformers import AutoTokenizer
@@ -222,6 +223,14 @@ def test_a_conversation_with_calls(chat: Chat) -> None:
         "<|tool|>(c1)sun",
         "<|assistant|>",
     ]
+
+
+def test_tokenize_counts_tools(chat: Chat) -> None:
+    def count(**fields: Any) -> int:
+        answer = httpx.post(f"{chat.doors.base_url}/tokenize", json={"messages": [USER]} | fields)
+        return int(answer.json()["count"])
+
+    assert count(tools=[TOOL]) > count() + 50
 
 
 def test_templates_that_join_arguments_get_texts(folder: Path) -> None:

@@ -66,6 +66,11 @@ def test_what_cannot_be_forced() -> None:
     with pytest.raises(RequestError, match="'not' is not supported") as caught:
         force_calls(request, {})
     assert caught.value.param == "tools"
+    deep: Any = {}
+    for _ in range(900):
+        deep = {"items": deep}
+    with pytest.raises(RequestError, match="deep"):
+        force_calls(ToolRequest([tool("f", deep)], "required"), {})
     with pytest.raises(RequestError, match="excludes response_format"):
         force_calls(ToolRequest([tool("f")], "required"), {"structured_outputs": {"regex": "a"}})
     sampling: dict[str, Any] = {}
