@@ -17,9 +17,21 @@ from manta.cluster.doors.limits import read_limits
 from manta.cluster.doors.output import OutputText
 from manta.cluster.doors.text import Tokenizer, load_tokenizer
 from manta.cluster.engine.batch import Batch, Job
-from manta.cluster.engine.outputs import BeamSearchOutput, BeamSearchSequence, RequestMetrics, RequestOutput
+from manta.cluster.engine.outputs import (
+    BeamSearchOutput,
+    BeamSearchSequence,
+    CompletionOutput,
+    RequestMetrics,
+    RequestOutput,
+)
 from manta.cluster.engine.thread import EngineThread
-from manta.cluster.engine.types import Beams, GenerationRequest, num_prompt_tokens_kept, resolve_sampling
+from manta.cluster.engine.types import (
+    Beams,
+    GenerationRequest,
+    beams_of,
+    num_prompt_tokens_kept,
+    resolve_sampling,
+)
 from manta.cluster.launch.local import LocalLauncher, local_gpus
 from manta.configs.beam_search import BeamSearchParams
 from manta.configs.sampling import SamplingParams
@@ -226,6 +238,9 @@ class LLM:
                 output = owners[id(job)]
                 places = job.prompt_records.by_token(output.prompt_token_ids[1:], decode)
                 output.prompt_logprobs = [None, *places]
+        for output, sampling in zip(outputs, params, strict=True):
+            if sampling.num_sequences > sampling.n:
+                output.outputs = _best_of(output.outputs, sampling)
 
     def _run_jobs(self, groups: list[list[Job]], what: str, use_tqdm: bool) -> None:
         num_jobs = sum(map(len, groups))
@@ -250,7 +265,8 @@ class LLM:
             text = OutputText(self._tokenizer, one, ids) if self._tokenizer else None
             if text is None and one.stop:
                 raise ValueError("stop strings need a tokenizer; skip_tokenizer_init=True leaves none")
-            job = Job(GenerationRequest(output.request_id, ids, one, bad_words=bad_words), index, text)
+            request = GenerationRequest(output.request_id, ids, one, bad_words=bad_words, beams=beams_of(sampling))
+            job = Job(request, index, text)
             output.outputs.append(job.output)
             jobs.append(job)
         return jobs
@@ -267,6 +283,16 @@ def _close(engine: EngineThread, launcher: LocalLauncher) -> None:
         engine.close()
     finally:
         launcher.stop(_WORKER_GRACE_S)
+
+
+def _best_of(outputs: list[CompletionOutput], sampling: SamplingParams) -> list[CompletionOutput]:
+    """The n with the most probable tokens, best first."""
+    outputs.sort(key=lambda output: output.cumulative_logprob or 0.0, reverse=True)
+    for index, output in enumerate(outputs):
+        output.index = index
+        if sampling.logprobs is None:
+            output.logprobs = output.cumulative_logprob = None
+    return outputs[: sampling.n]
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -1,7 +1,7 @@
 """How tokens are chosen and when a request ends: the one set of sampling parameters behind every door."""
 
 from collections.abc import Mapping
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -17,6 +17,22 @@ MAX_BAD_WORDS = 128
 MAX_BAD_WORD_CHARACTERS = 256
 MAX_SEED = 2**64 - 1
 GREEDY_BELOW = 1e-5  # a lower temperature overflows fp32 logits; it means greedy
+
+
+_ONLY_WITH_BEAMS = ("length_penalty", "early_stopping")
+# What changes which tokens are possible, or looks at texts while they are made. What draws tokens has no meaning there.
+_NOT_WITH_BEAMS = (
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "stop",
+    "logprobs",
+    "prompt_logprobs",
+    "logit_bias",
+    "allowed_token_ids",
+    "bad_words",
+    "structured_outputs",
+)
 
 
 def _as_tuple(value: object) -> object:
@@ -85,6 +101,16 @@ class SamplingParams(BaseModel):
     structured_outputs: Annotated[StructuredOutputsParams | None, BeforeValidator(as_structured_outputs)] = Field(
         None, description="what the output must look like"
     )
+    best_of: int | None = Field(
+        None, ge=1, le=128, description="generate so many and give the n most probable; with beams: their number"
+    )
+    use_beam_search: bool = Field(False, description="search with best_of (else n) beams; nothing is drawn")
+    length_penalty: float = Field(
+        1.0, ge=-100.0, le=100.0, description="beams rank by their log-probability / their length to this power"
+    )
+    early_stopping: bool | Literal["never"] = Field(
+        False, description="true: once that many beams ended; false: once no better one is likely; never: possible"
+    )
     truncate_prompt_tokens: int | None = Field(
         None, ge=-1, le=2**31 - 1, description="prompt tokens kept at most, the last ones; -1: as many as fit"
     )
@@ -112,7 +138,18 @@ class SamplingParams(BaseModel):
             raise ValueError("structured_outputs and allowed_token_ids exclude each other")
         if self.truncate_prompt_tokens == 0:
             raise ValueError("truncate_prompt_tokens must be -1 (what fits) or at least 1")
+        if self.best_of is not None and self.best_of < self.n:
+            raise ValueError(f"best_of={self.best_of} must be at least n={self.n}")
+        for name in _NOT_WITH_BEAMS if self.use_beam_search else _ONLY_WITH_BEAMS:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                relation = "is not possible with" if self.use_beam_search else "needs"
+                raise ValueError(f"{name} {relation} use_beam_search")
         return self
+
+    @property
+    def num_sequences(self) -> int:
+        """How many are generated for each prompt, or asked of its beam search."""
+        return self.n if self.use_beam_search else self.best_of or self.n
 
     @property
     def is_greedy(self) -> bool:

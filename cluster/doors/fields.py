@@ -54,10 +54,6 @@ NOT_SUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "best_of": (1,),
-    "use_beam_search": (False,),
-    "length_penalty": (1, 1.0),
-    "early_stopping": (False,),
     "logits_processors": ([],),
     "prompt_embeds": (),
     "suffix": ("",),
@@ -79,7 +75,6 @@ _HINTS = {
     "top_logprobs": "it belongs to chat; completions take logprobs as a number",
     "chat_template": "start the server with --chat-template",
     "reasoning_effort": "pass what the model's template reads through chat_template_kwargs",
-    "best_of": "use n",
     "tools": "they belong to chat",
     "tool_choice": "it belongs to chat",
 }

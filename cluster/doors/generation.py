@@ -3,25 +3,27 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Iterator
+from dataclasses import replace
 from typing import cast
 
 from manta.cluster.doors.caller import current_tenant
 from manta.cluster.doors.errors import Kind, RequestError, draining, from_engine
-from manta.cluster.doors.output import Delta, OutputText, without_output
+from manta.cluster.doors.output import Delta, OutputText, joined, without_output
 from manta.cluster.doors.text import Tokenizer
 from manta.cluster.doors.validate import Resolved
-from manta.cluster.engine.client import Client, EngineError, TokenChunk
+from manta.cluster.engine.client import Client, EngineError, GenerationRequest, Group, TokenChunk
 
-# From so many prompt tokens on, completions 1 to n-1 of a prompt start when completion 0 has its first token: they find
-# the prompt in the prefix cache instead of all computing it side by side. It costs them one step. Where the prompt's
-# log-probabilities are asked for, which come with completion 0, the others wait for them however short it is.
+# From so many prompt tokens on, completions 1 to n-1 that follow a grammar start when completion 0 has its first token:
+# each waits for the grammar by itself, and so they find the prompt in the prefix cache instead of all computing it side
+# by side. Others are submitted together. Where the prompt's log-probabilities are asked for, which come with completion
+# 0, the others are read after them.
 SHARED_PROMPT_TOKENS = 64
 
 IndexedDelta = tuple[int, Delta]  # the number of the completion within the call, and what is new of it
 
 
 class Call:
-    """One call of a client: one engine request per completion. Built by `Running.call`."""
+    """One call of a client: one engine request per completion, or per candidate for one. Built by `Running.call`."""
 
     def __init__(self, client: Client, tokenizer: Tokenizer, resolved: Resolved) -> None:
         self.tenant = current_tenant()
@@ -45,18 +47,63 @@ class Call:
 
         A consumer that is slow slows the reading from the engine down; nothing piles up here.
         """
-        streams = [self._deltas_of(index) for index in range(len(self._resolved.requests))]
-        return streams[0] if len(streams) == 1 else _merge(streams)
+        if len(self._resolved.requests) == 1 and not self._resolved.candidates:
+            return self._deltas_of(0, 0, self._resolved.requests[0], None)
+        return self._deltas_of_groups()
 
-    async def _deltas_of(self, index: int) -> AsyncGenerator[IndexedDelta, None]:
-        request = self._resolved.requests[index]
-        prompt_index, completion = divmod(index, self._resolved.n)
+    async def _deltas_of_groups(self) -> AsyncGenerator[IndexedDelta, None]:
+        resolved, groups = self._resolved, []
+        streams = []
+        for place in range(len(resolved.prompts)):
+            requests = resolved.candidates[place] if resolved.candidates else self._requests_of(place)
+            group = None
+            if requests[0].beams is not None or (len(requests) > 1 and not requests[0].sampling.structured_outputs):
+                group = self._client.generate_group(requests)
+                groups.append(group)
+            deltas = [self._deltas_of(place, index, request, group) for index, request in enumerate(requests)]
+            streams += [self._best_of(place, deltas)] if resolved.candidates else deltas
+        try:
+            async with contextlib.aclosing(_merge(streams, len(resolved.requests))) as merged:
+                async for item in merged:
+                    yield item
+        finally:
+            for group in groups:
+                group.close()
+
+    def _requests_of(self, prompt_index: int) -> list[GenerationRequest]:
+        n = self._resolved.n
+        return self._resolved.requests[prompt_index * n : (prompt_index + 1) * n]
+
+    async def _best_of(
+        self, prompt_index: int, streams: list[AsyncGenerator[IndexedDelta, None]]
+    ) -> AsyncGenerator[IndexedDelta, None]:
+        """Of all candidates, when they have ended, the most probable ones: each in one delta."""
+        ended = [Delta("", []) for _ in streams]
+        first = self._resolved.requests[prompt_index * self._resolved.n].sampling
+        async with contextlib.aclosing(_merge(streams, len(streams))) as merged:
+            async for index, delta in merged:
+                place = index - prompt_index * self._resolved.n
+                ended[place] = joined(ended[place], delta)
+        prompt_logprobs = ended[0].prompt_logprobs
+        ended.sort(key=lambda one: sum(one.logprobs.chosen) if one.logprobs else 0.0, reverse=True)
+        for place, one in enumerate(ended[: self._resolved.n]):
+            told = one if first.logprobs is not None else replace(one, logprobs=None, offsets=[])
+            told.prompt_logprobs = prompt_logprobs if place == 0 else None
+            yield prompt_index * self._resolved.n + place, told
+
+    async def _deltas_of(
+        self, prompt_index: int, completion: int, request: GenerationRequest, group: Group | None
+    ) -> AsyncGenerator[IndexedDelta, None]:
+        index = prompt_index * self._resolved.n + completion
         prompt = self._resolved.prompts[prompt_index]
-        asks_about_prompt = self._resolved.requests[index - completion].sampling.prompt_logprobs is not None
-        if completion > 0 and (asks_about_prompt or len(prompt) >= SHARED_PROMPT_TOKENS):
+        first = self._resolved.requests[prompt_index * self._resolved.n]
+        asks_about_prompt = first.sampling.prompt_logprobs is not None
+        waits = group is None and len(prompt) >= SHARED_PROMPT_TOKENS
+        if completion > 0 and (asks_about_prompt or waits):
             await self._prompt_computed[prompt_index].wait()
         output = OutputText(self._tokenizer, request.sampling, prompt, self._resolved.visible_tokens)
-        stream = cast(AsyncGenerator[TokenChunk, None], self._client.generate(request))
+        generated = self._client.generate(request) if group is None else group.chunks(completion)
+        stream = cast(AsyncGenerator[TokenChunk, None], generated)
         async with contextlib.aclosing(stream) as chunks:
             while True:
                 chunk = await self._next(chunks)
@@ -94,8 +141,10 @@ class Call:
         return chunk
 
 
-async def _merge(streams: list[AsyncGenerator[IndexedDelta, None]]) -> AsyncGenerator[IndexedDelta, None]:
-    """Deltas of several completions as they come. The first error ends them all."""
+async def _merge(
+    streams: list[AsyncGenerator[IndexedDelta, None]], num_completions: int
+) -> AsyncGenerator[IndexedDelta, None]:
+    """Deltas of so many completions as they come. The first error ends them all."""
     queue: asyncio.Queue[IndexedDelta | Exception] = asyncio.Queue(maxsize=len(streams))
 
     async def pump(stream: AsyncGenerator[IndexedDelta, None]) -> None:
@@ -108,7 +157,7 @@ async def _merge(streams: list[AsyncGenerator[IndexedDelta, None]]) -> AsyncGene
 
     tasks = [asyncio.create_task(pump(stream)) for stream in streams]
     try:
-        num_unfinished = len(streams)
+        num_unfinished = num_completions
         while num_unfinished:
             item = await queue.get()
             if isinstance(item, Exception):

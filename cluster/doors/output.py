@@ -32,6 +32,23 @@ def without_output(delta: Delta) -> Delta:
     return replace(delta, text="", token_ids=[], finish_reason=reason, stop_reason=None, logprobs=logprobs, offsets=[])
 
 
+def joined(first: Delta, second: Delta) -> Delta:
+    """Two deltas of one completion, one behind the other."""
+    logprobs = first.logprobs or second.logprobs
+    if first.logprobs is not None and second.logprobs is not None:
+        first.logprobs.extend(second.logprobs)
+    return Delta(
+        first.text + second.text,
+        first.token_ids + second.token_ids,
+        second.finish_reason,
+        second.stop_reason,
+        max(first.num_cached_tokens, second.num_cached_tokens),
+        logprobs,
+        first.offsets + second.offsets,
+        first.prompt_logprobs or second.prompt_logprobs,
+    )
+
+
 class OutputText:
     """Turns the token chunks of one request into deltas.
 

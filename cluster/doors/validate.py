@@ -3,7 +3,7 @@
 import asyncio
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pydantic import ValidationError
@@ -14,7 +14,12 @@ from manta.cluster.doors.errors import Kind, RequestError
 from manta.cluster.doors.grammar_check import GrammarChecker
 from manta.cluster.doors.limits import ModelLimits
 from manta.cluster.doors.text import Tokenizer
-from manta.cluster.engine.client import GenerationRequest, num_prompt_tokens_kept, resolve_sampling
+from manta.cluster.engine.client import (
+    GenerationRequest,
+    beams_of,
+    num_prompt_tokens_kept,
+    resolve_sampling,
+)
 from manta.configs.sampling import SamplingParams
 
 DEFAULT_MAX_TOKENS = 16  # of completions, as in the OpenAI API
@@ -55,6 +60,8 @@ class Resolved:
     is_prompt_only: bool = False  # the one token that each request generates is left out
     visible_tokens: frozenset[str] = frozenset()  # special tokens that the text shows in any case
     requests: list[GenerationRequest] = field(default_factory=list)
+    # By prompt, where more are generated than told: the n with the most probable tokens become the completions.
+    candidates: list[list[GenerationRequest]] = field(default_factory=list)
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -89,10 +96,11 @@ class Validator:
         priority = check_int(ask.priority, "priority", -_INT32, _INT32 - 1)
         salt = with_callers_salt(_check_salt(ask.cache_salt))
         sources = check_prompts(ask.prompt, ask.prompt_param)
-        if len(sources) * sampling.n > MAX_SEQUENCES:
-            raise RequestError(
-                f"{len(sources)} prompts with n={sampling.n} are more than {MAX_SEQUENCES} completions", "n"
+        if len(sources) * sampling.num_sequences > MAX_SEQUENCES:
+            message = (
+                f"{len(sources)} prompts with n={sampling.num_sequences} are more than {MAX_SEQUENCES} completions"
             )
+            raise RequestError(message, "n")
         keep = self._num_tokens_kept(sampling)
         prompts = await self._encode_all(sources, keep, ask)
         if self._grammars is not None:
@@ -102,12 +110,18 @@ class Validator:
         for token_ids in prompts:
             fitted = self._fit_context(sampling, len(token_ids), "max_tokens" in ask.sampling, ask)
             seed = self._seeds.getrandbits(63)
+            candidates: list[GenerationRequest] = []
             for one in resolve_sampling(fitted, len(token_ids), self.limits.max_model_len, seed):
                 name = request_id
                 if len(prompts) * sampling.n > 1:
-                    name = f"{request_id}-{len(resolved.requests)}"
+                    name = f"{request_id}-{len(resolved.requests) + len(candidates)}"
                 request = GenerationRequest(name, token_ids, one, priority, ask.tenant, salt, bad_words=bad_words)
-                resolved.requests.append(request)
+                candidates.append(replace(request, beams=beams_of(sampling)))
+            if len(candidates) > sampling.n:
+                resolved.candidates.append(candidates)
+                told = [one.sampling.model_copy(update={"logprobs": sampling.logprobs}) for one in candidates]
+                candidates = [replace(one, sampling=as_told) for one, as_told in zip(candidates, told, strict=True)]
+            resolved.requests.extend(candidates[: sampling.n])
         return resolved
 
     def check_model(self, model: Any) -> None:
@@ -127,6 +141,8 @@ class Validator:
             values |= {name: value for name, value in self.limits.sampling_defaults.items() if name != "max_tokens"}
         else:
             values |= self.limits.sampling_defaults
+        if raw.get("use_beam_search") is True:  # what the model's authors advise is for drawing tokens
+            values = {"max_tokens": values.get("max_tokens")}
         values |= raw
         try:
             sampling = SamplingParams.model_validate(values, strict=True)  # "1" and true are no numbers

@@ -2,14 +2,14 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
 from typing import Protocol, TypeVar
 
 import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
 
-from manta.cluster.engine.streams import StreamTable, run_request
+from manta.cluster.engine.streams import RequestGroup, StreamTable, run_request
 from manta.cluster.engine.types import (
     DrainingError,
     EngineError,
@@ -19,6 +19,7 @@ from manta.cluster.engine.types import (
     QueueFullError,
     TokenChunk,
     UnavailableError,
+    beams_of,
     num_prompt_tokens_kept,
     resolve_sampling,
 )
@@ -34,10 +35,12 @@ __all__ = [
     "EngineError",
     "EngineLostError",
     "GenerationRequest",
+    "Group",
     "InvalidRequestError",
     "QueueFullError",
     "TokenChunk",
     "UnavailableError",
+    "beams_of",
     "num_prompt_tokens_kept",
     "resolve_sampling",
 ]
@@ -59,6 +62,16 @@ _CONNECT = f"/{pb.DESCRIPTOR.services_by_name['Engine'].full_name}/Connect"
 _T = TypeVar("_T")
 
 
+class Group(Protocol):
+    """Requests that are submitted together. It must be closed, which aborts those that nobody began to read."""
+
+    def chunks(self, place: int) -> AsyncGenerator[TokenChunk, None]:
+        """As `Client.generate`, of requests[place]; once for each."""
+        ...
+
+    def close(self) -> None: ...
+
+
 class Client(Protocol):
     """What frontends use; `EngineClient` reaches another process, `InProcessClient` an engine in this one."""
 
@@ -68,6 +81,11 @@ class Client(Protocol):
         Raises InvalidRequestError, QueueFullError, DrainingError or UnavailableError before the first chunk when the
         engine does not take the request, EngineLostError when the connection breaks.
         """
+        ...
+
+    def generate_group(self, requests: Sequence[GenerationRequest]) -> "Group":
+        """Samples of one prompt, which differ as those of `resolve_sampling` do, or hypotheses of one search: they are
+        submitted together when the first is read."""
         ...
 
     async def info(self) -> pb.InfoResponse: ...
@@ -111,6 +129,9 @@ class EngineClient:
 
     def generate(self, request: GenerationRequest) -> AsyncIterator[TokenChunk]:
         return run_request(self._streams, request, self._send)
+
+    def generate_group(self, requests: Sequence[GenerationRequest]) -> RequestGroup:
+        return RequestGroup(self._streams, requests, self._send)
 
     async def info(self) -> pb.InfoResponse:
         return await self._call(self._stub.GetInfo(pb.InfoRequest()))

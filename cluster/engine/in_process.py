@@ -1,10 +1,10 @@
 """A `Client` around an engine on the same event loop."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 from manta.cluster.engine.engine import Engine
-from manta.cluster.engine.streams import StreamTable, run_request
+from manta.cluster.engine.streams import RequestGroup, StreamTable, run_request
 from manta.cluster.engine.types import EngineLostError, GenerationRequest, TokenChunk
 from manta.protos import engine_pb2 as pb
 
@@ -20,6 +20,9 @@ class InProcessClient:
 
     def generate(self, request: GenerationRequest) -> AsyncIterator[TokenChunk]:
         return run_request(self._streams, request, self._send)
+
+    def generate_group(self, requests: Sequence[GenerationRequest]) -> RequestGroup:
+        return RequestGroup(self._streams, requests, self._send)
 
     async def info(self) -> pb.InfoResponse:
         return self._engine.info()

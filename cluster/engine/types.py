@@ -81,7 +81,7 @@ class EngineLostError(EngineError):
 def resolve_sampling(
     sampling: SamplingParams, num_prompt_tokens: int, max_model_len: int, seed: int | None = None
 ) -> list[SamplingParams]:
-    """One SamplingParams per completion (`n`), each with n=1, max_tokens and its own seed.
+    """One SamplingParams per sequence (`num_sequences`), each with n=1, max_tokens and its own seed.
 
     max_tokens None becomes what the context still holds. Completion i draws with seed + i; without a seed in
     `sampling` the first is `seed`, or random. The first one alone asks about the prompt.
@@ -92,12 +92,21 @@ def resolve_sampling(
     max_tokens = sampling.max_tokens
     if max_tokens is None:
         max_tokens = max(max_model_len - num_prompt_tokens, 1)
-    update: dict[str, int | None] = {"n": 1, "max_tokens": max_tokens}
+    update: dict[str, int | None] = {"n": 1, "best_of": None, "max_tokens": max_tokens}
+    if sampling.num_sequences > sampling.n and sampling.logprobs is None:
+        update["logprobs"] = 0  # they are ranked by it
     resolved = []
-    for i in range(sampling.n):
+    for i in range(sampling.num_sequences):
         resolved.append(sampling.model_copy(update=update | {"seed": (first + i) % 2**64}))
         update["prompt_logprobs"] = None
     return resolved
+
+
+def beams_of(sampling: SamplingParams) -> Beams | None:
+    """The search that is asked for."""
+    if not sampling.use_beam_search:
+        return None
+    return Beams(sampling.best_of or sampling.n, sampling.length_penalty, sampling.early_stopping)
 
 
 def num_prompt_tokens_kept(sampling: SamplingParams, max_model_len: int) -> int | None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import zlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 
 import numpy as np
 
@@ -10,6 +10,23 @@ from manta.cluster.engine.client import EngineError, EngineLostError, Generation
 from manta.protos import engine_pb2 as pb
 
 Model = Callable[[GenerationRequest], Sequence[int]]
+
+
+class FakeGroup:
+    """Requests that run side by side."""
+
+    def __init__(
+        self, requests: Sequence[GenerationRequest], streams: Sequence[AsyncGenerator[TokenChunk, None]]
+    ) -> None:
+        self.requests = requests
+        self._streams = streams
+        self.is_closed = False
+
+    def chunks(self, place: int) -> AsyncGenerator[TokenChunk, None]:
+        return self._streams[place]
+
+    def close(self) -> None:
+        self.is_closed = True
 
 
 class FakeClient:
@@ -30,6 +47,7 @@ class FakeClient:
         self.healthy = True
         self.detail = ""
         self.submitted: list[GenerationRequest] = []
+        self.groups: list[FakeGroup] = []
         self.finished: list[str] = []
         self.aborted: list[str] = []  # closed before their end
         self.tables = pb.BlockTablesResponse(num_blocks=64, num_free_blocks=64, block_size=self.block_size)
@@ -44,7 +62,11 @@ class FakeClient:
     def generate(self, request: GenerationRequest) -> AsyncIterator[TokenChunk]:
         return self._generate(request)
 
-    async def _generate(self, request: GenerationRequest) -> AsyncIterator[TokenChunk]:
+    def generate_group(self, requests: Sequence[GenerationRequest]) -> "FakeGroup":
+        self.groups.append(FakeGroup(requests, [self._generate(request) for request in requests]))
+        return self.groups[-1]
+
+    async def _generate(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk, None]:
         assert request.sampling.n == 1
         assert request.sampling.max_tokens is not None
         assert request.sampling.seed is not None

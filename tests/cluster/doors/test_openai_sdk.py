@@ -8,6 +8,7 @@ import openai
 import pytest
 
 from manta.cluster.engine.client import DrainingError, EngineLostError, QueueFullError, UnavailableError
+from manta.cluster.engine.types import Beams
 from tests.support.door_server import DoorThread
 from tests.support.fake_client import FakeClient
 
@@ -172,7 +173,10 @@ def test_cached_tokens_are_reported(sdk: openai.OpenAI) -> None:
         ({"extra_body": {"top_logprobs": 2}}, "top_logprobs", "chat"),
         ({"extra_body": {"logit_biases": {}}}, "logit_biases", "did you mean 'logit_bias'?"),
         ({"extra_body": {"allowed_tokens": [1]}}, "allowed_tokens", "did you mean 'allowed_token_ids'?"),
-        ({"best_of": 3}, "best_of", "use n"),
+        ({"best_of": 2, "n": 3}, "best_of", "at least n=3"),
+        ({"best_of": 2, "extra_body": {"use_beam_search": 1}}, "use_beam_search", "boolean"),
+        ({"logprobs": 2, "extra_body": {"use_beam_search": True}}, "logprobs", "not possible with use_beam_search"),
+        ({"extra_body": {"length_penalty": 0.5}}, "length_penalty", "needs use_beam_search"),
         ({"stop": [""]}, "stop", "empty string"),
         ({"stop": ["x"] * 17}, "stop", "16"),
         ({"extra_body": {"temprature": 1}}, "temprature", "did you mean 'temperature'?"),
@@ -268,19 +272,47 @@ def test_timeout_of_a_client_that_does_not_stream_aborts(
     wait_for(lambda: len(doors.service.running) == 0)
 
 
-def test_long_prompts_of_several_completions_are_computed_once(sdk: openai.OpenAI, engine: FakeClient) -> None:
-    """The other completions are submitted when the first one's prompt is in the prefix cache."""
-    engine.hang_after = 0
+def test_several_completions_are_submitted_together(sdk: openai.OpenAI, engine: FakeClient) -> None:
     prompt = list(range(100, 200))
-    with pytest.raises(openai.APITimeoutError):
-        sdk.with_options(timeout=0.3).completions.create(model="tiny", prompt=prompt, n=4)
-    assert len(engine.submitted) == 1
-    engine.reset()
     answer = sdk.completions.create(model="tiny", prompt=prompt, n=4, seed=1)
     assert len({choice.text for choice in answer.choices}) == 4
+    (group,) = engine.groups
+    assert [request.sampling.seed for request in group.requests] == [1, 2, 3, 4]
+    assert group.is_closed
     assert answer.usage is not None
     assert answer.usage.prompt_tokens_details is not None
     assert answer.usage.prompt_tokens_details.cached_tokens == 0  # what was there before the call
+
+
+def test_those_that_follow_a_grammar_are_submitted_when_the_first_has_read_the_prompt(
+    sdk: openai.OpenAI, engine: FakeClient
+) -> None:
+    """So that they find it in the prefix cache."""
+    engine.hang_after = 0
+    body = {"structured_outputs": {"choice": ["a", "b"]}}
+    with pytest.raises(openai.APITimeoutError):
+        sdk.with_options(timeout=0.3).completions.create(
+            model="tiny", prompt=list(range(100, 200)), n=4, extra_body=body
+        )
+    assert len(engine.submitted) == 1
+    assert not engine.groups
+
+
+def test_of_best_of_the_most_probable_are_told(sdk: openai.OpenAI, engine: FakeClient) -> None:
+    several = sdk.completions.create(model="tiny", prompt="x", n=5, seed=1, logprobs=0)
+    scores = [sum(choice.logprobs.token_logprobs or ()) for choice in several.choices if choice.logprobs]
+    best = sorted(range(5), key=lambda place: -scores[place])
+    chosen = sdk.completions.create(model="tiny", prompt="x", n=2, best_of=5, seed=1)
+    assert [choice.text for choice in chosen.choices] == [several.choices[place].text for place in best[:2]]
+    assert [choice.index for choice in chosen.choices] == [0, 1]
+    assert all(choice.logprobs is None for choice in chosen.choices)
+
+
+def test_beams_reach_the_engine(sdk: openai.OpenAI, engine: FakeClient) -> None:
+    search = {"use_beam_search": True, "length_penalty": 0.5, "early_stopping": "never"}
+    sdk.completions.create(model="tiny", prompt="x", n=2, best_of=5, extra_body=search)
+    (group,) = engine.groups
+    assert [request.beams for request in group.requests] == [Beams(5, 0.5, "never")] * 2
 
 
 def test_draining_refuses_new_calls(sdk: openai.OpenAI, doors: DoorThread) -> None:

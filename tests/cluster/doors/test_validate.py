@@ -175,8 +175,8 @@ def test_unsupported_fields_are_refused_unless_they_ask_for_nothing(name: str) -
 
 
 def test_zero_is_not_false() -> None:
-    with pytest.raises(RequestError, match="use_beam_search is not supported"):
-        check_fields({"use_beam_search": 0}, COMPLETION)
+    with pytest.raises(RequestError, match="spaces_between_special_tokens is not supported"):
+        check_fields({"spaces_between_special_tokens": 1}, COMPLETION)
 
 
 def test_fields_that_constrain_tokens_reach_the_engine() -> None:
