@@ -23,6 +23,20 @@ _RESTRICTING = frozenset(
         "multipleOf", *_WHOLE,
     }
 )  # fmt: skip
+# They are ignored without a type.
+_NEED_TYPE = frozenset(
+    {
+        "pattern", "minLength", "maxLength", "format", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum",
+        "multipleOf", "minItems", "maxItems", "patternProperties", "propertyNames", "minProperties", "maxProperties",
+    }
+)  # fmt: skip
+# Of two of these only one is followed.
+_EXCLUDE = (
+    ("pattern", ("minLength", "maxLength", "format")),
+    ("format", ("minLength", "maxLength")),
+    ("multipleOf", ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")),
+    ("patternProperties", ("properties",)),
+)
 _SCHEMAS_BY_NAME = ("properties", "patternProperties", "$defs", "definitions")
 _LISTS_OF_SCHEMAS = ("anyOf", "oneOf", "allOf", "prefixItems")
 _SINGLE_SCHEMAS = ("items", "additionalProperties", "propertyNames", "unevaluatedProperties")
@@ -61,8 +75,13 @@ def _check_part(place: str, part: dict[str, Any], root: Any) -> None:
     for name in sorted(_UNSUPPORTED & part.keys()):
         if not any(part[name] is neutral for neutral in _NEUTRAL.get(name, ())):
             raise _error(place, f"{name!r} is not supported")
-    if "pattern" in part and part.keys() & {"minLength", "maxLength"}:
-        raise _error(place, "'pattern' beside 'minLength' or 'maxLength' is not supported")
+    if "type" not in part and _NEED_TYPE & part.keys():
+        raise _error(place, f"{sorted(_NEED_TYPE & part.keys())[0]!r} needs a 'type' beside it")
+    for name, others in _EXCLUDE:
+        if name in part and part.keys() & set(others):
+            raise _error(place, f"{name!r} beside {sorted(part.keys() & set(others))[0]!r} is not supported")
+    if "multipleOf" in part and part["type"] != "integer":
+        raise _error(place, "'multipleOf' needs the type 'integer'")
     if isinstance(part.get("allOf"), list) and len(part["allOf"]) > 1:
         raise _error(place, "'allOf' of several schemas is not supported")
     whole = next((name for name in _WHOLE if name in part), None)

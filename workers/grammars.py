@@ -5,6 +5,7 @@ Compiling takes milliseconds to seconds and leaves other Python threads running;
 sequences that follow it.
 """
 
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
 
 MAX_CACHED_BYTES = 512 * 2**20  # of compiled grammars; a usual one has 0.01 to 1 MiB
 MAX_WHITESPACE = 16  # in a row, between the parts of a JSON text; models may write nothing else for ever
+# What xgrammar 0.2 writes for a character of a string with minLength or maxLength holds control characters, which JSON
+# does not allow in strings.
+_BOUNDED_CHARACTER = r"[^\"\\\r\n]"
+_ESCAPE = re.compile(r"\\(x[0-9a-fA-F]{2}|.)")  # as it is written; `.` takes the second of two backslashes
+_JSON_CHARACTER = r"[^\0-\x1f\"\\]"
 _NUM_THREADS = 1  # per grammar: the cores are for steps
 NOT_INSTALLED = "structured outputs need the package xgrammar: pip install 'manta[structured]'"
 
@@ -135,7 +141,7 @@ def _compile(compiler: "xgr.GrammarCompiler", grammar: Grammar) -> "xgr.Compiled
     try:
         match grammar.kind:
             case Grammar.JSON_SCHEMA:
-                return compiler.compile_json_schema(grammar.text, max_whitespace_cnt=MAX_WHITESPACE)
+                return compiler.compile_grammar(_from_schema(grammar.text))
             case Grammar.REGEX:
                 return compiler.compile_regex(grammar.text)
             case Grammar.EBNF:
@@ -146,6 +152,22 @@ def _compile(compiler: "xgr.GrammarCompiler", grammar: Grammar) -> "xgr.Compiled
                 raise GrammarError(f"grammars of kind {grammar.kind} are not known to this worker")
     except (RuntimeError, ValueError, TypeError) as error:  # what the library raises for what it cannot read
         raise GrammarError(f"structured_outputs cannot be compiled: {_reason(error)}") from None
+
+
+def _from_schema(text: str) -> "xgr.Grammar":
+    import xgrammar as xgr
+
+    grammar = xgr.Grammar.from_json_schema(text, max_whitespace_cnt=MAX_WHITESPACE)
+    written = str(grammar)
+    if _BOUNDED_CHARACTER not in written:
+        return grammar
+    written = written.replace(_BOUNDED_CHARACTER, _JSON_CHARACTER)
+    return xgr.Grammar.from_ebnf(_ESCAPE.sub(_with_four_digits, written))
+
+
+def _with_four_digits(escape: re.Match[str]) -> str:
+    """\\xdf as \\u00df: of the first, the letters that follow would be read as more of its digits."""
+    return f"\\u00{escape[1][1:]}" if len(escape[1]) > 1 else escape[0]
 
 
 def _reason(error: Exception) -> str:

@@ -1,15 +1,18 @@
 """One model behind HTTP, gRPC and LLM: the same fields give the same tokens, texts, reasons and log-probabilities."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import grpc
 import httpx
+import openai
 import pytest
 import torch
+from pydantic import BaseModel, Field
 
 from manta import LLM, SamplingParams
 from manta.protos import inference_pb2 as pb
@@ -31,6 +34,11 @@ FIELDS: dict[str, dict[str, Any]] = {
     "special tokens": {"logit_bias": {3: 100.0}, "max_tokens": 3},
     "special tokens written": {"logit_bias": {3: 100.0}, "max_tokens": 3, "skip_special_tokens": False},
     "min_tokens": {"logit_bias": {1: 100.0}, "min_tokens": 3, "ignore_eos": False},
+    "json": {"structured_outputs": {"json": {"enum": ["a", 1, None]}}, "logprobs": 1, "ignore_eos": False},
+    "json_object": {"structured_outputs": {"json_object": True}, "temperature": 1.0, "seed": 7},
+    "regex": {"structured_outputs": {"regex": "(x|yz)+"}, "temperature": 1.0, "seed": 2, "ignore_eos": False},
+    "choice": {"structured_outputs": {"choice": ["red", "green"]}, "frequency_penalty": 0.5},
+    "grammar": {"structured_outputs": {"grammar": 'root ::= "<" root? ">"'}, "ignore_eos": False},
 }
 
 
@@ -91,6 +99,13 @@ def over_http(server: ServerProcess, fields: dict[str, Any], prompt: str) -> Ans
 
 
 def over_grpc(server: ServerProcess, fields: dict[str, Any], prompt: str) -> Answer:
+    fields = dict(fields)
+    if "structured_outputs" in fields:
+        ((kind, value),) = fields["structured_outputs"].items()
+        value = {"json": json.dumps, "choice": lambda texts: pb.Choices(texts=texts)}.get(kind, lambda same: same)(
+            value
+        )
+        fields["structured_outputs"] = pb.StructuredOutputs(**{kind: value})
     request = pb.GenerateRequest(text=prompt, sampling=pb.SamplingParams(**fields))
     with grpc.insecure_channel(server.grpc_address) as channel:
         (response,) = pb_grpc.InferenceStub(channel).Generate(request, timeout=60)
@@ -166,3 +181,37 @@ def test_skipped_special_tokens(server: ServerProcess) -> None:
     fields = {"temperature": 0.0, "max_tokens": 2, "logit_bias": {3: 100.0}, "bad_words": []}
     assert over_http(server, fields, PROMPT).text == ""
     assert over_http(server, fields | {"skip_special_tokens": False}, PROMPT).text == "<|user|>" * 2
+
+
+def test_schemas_of_openai_clients(server: ServerProcess) -> None:
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+
+    class Person(BaseModel):
+        age: Annotated[int, Field(ge=0, le=130)]
+        colour: Literal["red", "green"]
+
+    messages: Any = [{"role": "user", "content": PROMPT}]
+    told = client.chat.completions.parse(
+        model="tiny", messages=messages, response_format=Person, max_tokens=150, seed=1
+    )
+    assert isinstance(told.choices[0].message.parsed, Person)
+    schema: Any = {"name": "x", "schema": {"type": "array", "items": {"type": "boolean"}, "minItems": 2, "maxItems": 3}}
+    answer = client.chat.completions.create(
+        model="tiny", messages=messages, max_tokens=150, n=2, seed=3,
+        response_format={"type": "json_schema", "json_schema": schema},
+    )  # fmt: skip
+    for choice in answer.choices:
+        values = json.loads(str(choice.message.content))
+        assert 2 <= len(values) <= 3
+        assert {type(value) for value in values} == {bool}
+
+
+def test_a_bad_grammar_is_refused_at_both_doors(server: ServerProcess) -> None:
+    bad = {"structured_outputs": {"regex": "(ab"}}
+    response = httpx.post(f"{server.url}/v1/completions", json={"prompt": PROMPT} | bad, timeout=60)
+    assert response.status_code == 400
+    assert "parenthesis" in response.json()["error"]["message"]
+    with pytest.raises(grpc.RpcError) as raised:
+        over_grpc(server, bad, PROMPT)
+    assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "parenthesis" in raised.value.details()

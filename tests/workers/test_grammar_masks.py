@@ -78,7 +78,7 @@ def rows_of(slots: list[int], positions: list[int]) -> Rows:
 
 
 @pytest.mark.parametrize("form", ["cpu", "torch"])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_only_tokens_that_lead_to_a_text_are_sampled(form: str, data: st.DataObject) -> None:
     follow(form, data, num_requests=data.draw(st.integers(1, 5)))
