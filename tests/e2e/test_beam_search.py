@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import httpx
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -12,6 +13,7 @@ from manta.cluster.llm import LLM
 from manta.configs.beam_search import BeamSearchParams
 from manta.configs.sampling import SamplingParams
 from tests.support.checkpoints import make_checkpoint
+from tests.support.server import ServerProcess
 from tests.support.small_tokenizers import VOCAB_SIZE, write_model_folder
 
 ENDS = list(range(3, VOCAB_SIZE, 9))
@@ -94,3 +96,25 @@ def test_samples_are_those_of_requests_with_the_same_seeds(llm: LLM) -> None:
             assert output.outputs[place].token_ids == one.outputs[0].token_ids
             expected = one.outputs[0].cumulative_logprob
             assert output.outputs[place].cumulative_logprob == pytest.approx(expected, rel=1e-4)
+
+
+def test_http_gives_what_the_search_finds(folder: Path) -> None:
+    words = [
+        str(folder), "--served-model-name", "tiny", "--dtype", "float32", "--kv-cache-memory-bytes", "8MiB",
+        "--distributed-executor-backend", "local", "--max-num-seqs", "8", "--port", "0", "--grpc-port", "0",
+    ]  # fmt: skip
+    fields: dict[str, Any] = {"max_tokens": 12, "length_penalty": 0.5}
+    with ServerProcess(*words) as process:
+        url = f"{process.wait_ready().url}/v1/completions"
+        body = {"prompt": PROMPTS[0], "use_beam_search": True, "n": 2, "best_of": 4, "return_token_ids": True}
+        answer = httpx.post(url, json=body | fields, timeout=60).json()
+        several = {"prompt": PROMPTS[1], "n": 3, "best_of": 5, "seed": 3, "max_tokens": 6, "logprobs": 0}
+        chosen = httpx.post(url, json=several, timeout=60).json()["choices"]
+        all_five = httpx.post(url, json=several | {"n": 5}, timeout=60).json()["choices"]
+    with LLM(str(folder), dtype="float32", device="cpu", max_num_seqs=8, kv_cache_memory_bytes="4MiB") as llm:
+        params = BeamSearchParams.model_validate(fields | {"beam_width": 4, "include_stop_str_in_output": True})
+        (expected,) = llm.beam_search(PROMPTS[:1], params, use_tqdm=False)
+    found = [PROMPTS[0] + choice["token_ids"] for choice in answer["choices"]]
+    assert found == [each.tokens for each in expected.sequences[:2]]
+    ranked = sorted(all_five, key=lambda choice: -sum(choice["logprobs"]["token_logprobs"]))
+    assert [choice["text"] for choice in chosen] == [choice["text"] for choice in ranked[:3]]
