@@ -13,6 +13,7 @@ class HermesParser(JsonCallParser):
 
     def _open(self, opening: str) -> None:
         self._state = self._before
+        self._tag = ""  # what of the closing tag was read
 
     def _before(self, char: str) -> None:
         if char == "{":
@@ -24,9 +25,11 @@ class HermesParser(JsonCallParser):
 
     def _after(self, char: str) -> None:
         self._raw.append(char)
-        read = "".join(self._raw)
-        if read.lstrip() == _CLOSING:
+        if char.isspace() and not self._tag:
+            return
+        self._tag += char
+        if self._tag == _CLOSING:
             self._raw, self._state = [], self._text
-        elif not _CLOSING.startswith(read.lstrip()):
-            self._raw = []
-            self._to_text(read)
+        elif not _CLOSING.startswith(self._tag):
+            raw, self._raw = "".join(self._raw), []
+            self._to_text(raw)

@@ -45,6 +45,13 @@ class JsonCallReader:
                 return False
         return char not in WHITESPACE and self._between(char)
 
+    def feed_plain(self, text: str, position: int) -> int:
+        """Feeds what of `text`, from `position` on, is within a string and has no meaning there; returns its end."""
+        end = self._value.plain_end(text, position) if self._value is not None else position
+        if end > position:
+            self._take(text[position:end])
+        return end
+
     def _between(self, char: str) -> bool:
         """A character outside of keys and values."""
         if self._expects == "value":

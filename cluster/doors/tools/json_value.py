@@ -8,6 +8,7 @@ WHITESPACE = frozenset(" \t\n\r")
 _LITERAL_STARTS = frozenset("-0123456789tfn")
 _LITERAL = frozenset("+-.0123456789eEtrufalsn")
 _LITERALS = re.compile(r"true|false|null|-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")
+_PLAIN = re.compile(r'[^"\\\x00-\x1f]+')
 _ESCAPES = frozenset('"\\/bfnrt')
 _HEX = frozenset("0123456789abcdefABCDEF")
 _CLOSING = {"{": "}", "[": "]"}
@@ -37,6 +38,11 @@ class JsonValue:
         Raises JsonError if no JSON can begin like this.
         """
         return self._state(char)
+
+    def plain_end(self, text: str, position: int) -> int:
+        """Where the characters of a string end that, from `position` on, pass on as they are; no need to feed them."""
+        found = _PLAIN.match(text, position) if self._state == self._on_string else None
+        return found.end() if found else position
 
     def _on_value(self, char: str) -> str | None:
         if char in _CLOSING:

@@ -4,7 +4,6 @@ also written [TOOL_CALLS]f[ARGS]{...} and [TOOL_CALLS]f[CALL_ID]abc[ARGS]{...}."
 import secrets
 import string
 
-from manta.cluster.doors.tools.json_value import JsonError, JsonValue
 from manta.cluster.doors.tools.parser import JsonArrayParser
 
 _ALPHABET = string.ascii_letters + string.digits
@@ -46,10 +45,8 @@ class MistralParser(JsonArrayParser):
         if self._tag or char == "[":
             self._read_tag(char)
         elif char == "{":
-            self._announce(self._fields["name"], self._fields["id"])
-            self._value = JsonValue()
-            self._state = self._direct
-            self._direct(char)
+            self._begin_arguments(self._fields["name"], self._fields["id"])
+            self._lone_arguments(char)
         elif char in _NAME:
             self._raw.append(char)
             self._fields[self._field] += char
@@ -67,16 +64,3 @@ class MistralParser(JsonArrayParser):
         if self._tag in _TAGS:
             self._field = "id" if self._tag == "[CALL_ID]" else self._field
             self._tag = ""
-
-    def _direct(self, char: str) -> None:
-        """Arguments that follow the name."""
-        try:
-            passed = self._value.feed(char)
-        except JsonError:
-            self._give_up(char)
-            return
-        self._raw.append(char)
-        self._argue(passed or "")
-        if self._value.is_done:
-            self._complete()
-            self._state = self._text

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from manta.cluster.doors.tools.events import Arguments, Broken, Call, Content, Event, merged
 from manta.cluster.doors.tools.json_call import JsonCallReader
-from manta.cluster.doors.tools.json_value import JsonError
+from manta.cluster.doors.tools.json_value import JsonError, JsonValue
 
 
 @cache
@@ -43,14 +43,11 @@ class ToolParser:
     def push(self, text: str) -> list[Event]:
         position = 0
         while position < len(text):
-            if not self._held and self._state == self._text:  # as single characters would do, but faster
-                span = self._plain.match(text, position)
-                if span is not None:
-                    self._release(span.group())
-                    position = span.end()
-                    continue
-            self._state(text[position])
-            position += 1
+            end = self._feed_plain(text, position)
+            if end == position:
+                self._state(text[position])
+                end += 1
+            position = end
         return self._take_events()
 
     def flush(self) -> list[Event]:
@@ -65,6 +62,14 @@ class ToolParser:
 
     def new_id(self) -> str:
         return f"chatcmpl-tool-{uuid.uuid4().hex}"
+
+    def _feed_plain(self, text: str, position: int) -> int:
+        """Does for many characters what the state would do with each of them; returns their end."""
+        span = self._plain.match(text, position) if not self._held and self._state == self._text else None
+        if span is None:
+            return position
+        self._release(span.group())
+        return span.end()
 
     def _open(self, opening: str) -> None:
         """An opening was read; sets the state that follows."""
@@ -134,7 +139,8 @@ class ToolParser:
 
 
 class JsonCallParser(ToolParser):
-    """For formats whose calls are objects with a name and arguments; adds the state within such an object."""
+    """For formats whose calls are JSON; adds the states within an object of name and arguments, and within arguments
+    alone."""
 
     NEEDS_ARGUMENTS: ClassVar[bool] = False
 
@@ -162,6 +168,35 @@ class JsonCallParser(ToolParser):
     def _after(self, char: str) -> None:
         """The state behind an object."""
         raise NotImplementedError
+
+    def _begin_arguments(self, name: str, call_id: str = "") -> None:
+        """What follows are the arguments alone."""
+        self._announce(name, call_id)
+        self._value = JsonValue()
+        self._state = self._lone_arguments
+
+    def _lone_arguments(self, char: str) -> None:
+        try:
+            passed = self._value.feed(char)
+        except JsonError:
+            self._give_up(char)
+            return
+        self._raw.append(char)
+        self._argue(passed or "")
+        if self._value.is_done:
+            self._complete()
+            self._state = self._text
+
+    def _feed_plain(self, text: str, position: int) -> int:
+        if self._state == self._object:
+            end = self._reader.feed_plain(text, position)
+        elif self._state == self._lone_arguments:
+            end = self._value.plain_end(text, position)
+            self._argue(text[position:end])
+        else:
+            return super()._feed_plain(text, position)
+        self._raw.append(text[position:end])
+        return end
 
     def _end(self) -> None:
         if self._state == self._object and self._reader.has_call:
