@@ -274,7 +274,7 @@ def test_commands_send_the_key(locked: DoorThread, capsys: pytest.CaptureFixture
 
 
 def test_clients_of_the_anthropic_api_send_their_own_header(locked: DoorThread) -> None:
-    body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
     url = f"{locked.base_url}/v1/messages"
     assert httpx.post(url, json=body, headers={"x-api-key": "sk-wrong"}).status_code == 401
     assert httpx.post(url, json=body, headers={"x-api-key": "sk-bob"}).status_code == 200
