@@ -39,6 +39,8 @@ class Group:
             num_common = int(unequal[0]) if len(unequal) else limit
             if best is None or num_common > best[1]:
                 best = member, num_common
+            if num_common == len(sequence.tokens) - 1:
+                break
         return best
 
     def awaits_donor(self, sequence: Sequence, replica: int) -> bool:

@@ -2,18 +2,18 @@
 `apply` takes their answer. Synchronous and deterministic; no clock, no I/O.
 """
 
-from dataclasses import replace
 from typing import Literal
 
 from manta.scheduler.admission import check_beams_fit, check_fits
-from manta.scheduler.beam_search import BeamParams, BeamSearch
+from manta.scheduler.beam_search import BeamParams
 from manta.scheduler.group import BeamGroup, Group, listening
+from manta.scheduler.grouping import leaders_of, samples_of, search_of
 from manta.scheduler.integrity import check_groups, check_replica, check_waiting
 from manta.scheduler.outcome import apply_result, finish
 from manta.scheduler.planner import Planner
 from manta.scheduler.prefix import PrefixHasher
 from manta.scheduler.replica import Replica
-from manta.scheduler.sequence import Beam, Sequence, Status
+from manta.scheduler.sequence import Sequence, Status
 from manta.scheduler.snapshot import Snapshot, take_snapshot
 from manta.scheduler.types import (
     Capacity,
@@ -95,16 +95,11 @@ class Scheduler:
         self._check_ids(requests)
         check_fits(requests[0], self._capacities, self._enable_chunked_prefill)
         self._check_queue(len(requests[0].prompt))
-        group = Group()
-        for request in requests:
-            sequence = Sequence.of(request, self._num_arrived, self._max_model_len)
-            sequence.group = group
-            self._num_arrived += 1
-            self._sequences[request.id] = sequence
-            group.members.append(sequence)
+        group = samples_of(requests, self._num_arrived, self._max_model_len)
+        self._num_arrived += len(requests)
+        self._sequences |= {sequence.request.id: sequence for sequence in group.members}
         self._groups[group] = None
         self._queue.push(group.members[0])
-        group.pending = group.members[1:]
 
     def add_search(self, requests: list[Request], params: BeamParams) -> None:
         """As `add`, for a beam search, whose best hypotheses `requests` get. These differ in id alone; stop tokens are
@@ -119,18 +114,11 @@ class Scheduler:
         first = requests[0]
         check_beams_fit(first, params.width, self._capacities, self._enable_chunked_prefill)
         self._check_queue(len(first.prompt))
-        max_length = min(len(first.prompt) + first.max_tokens, self._max_model_len)
-        search = BeamSearch(params, len(first.prompt), max_length, first.min_tokens)
-        group = BeamGroup(requests=list(requests), search=search)
-        step = replace(first, stop_token_ids=frozenset(), num_logprobs=params.num_candidates, num_prompt_logprobs=None)
-        root = Sequence.of(step, self._num_arrived, self._max_model_len)
-        root.max_length = len(root.tokens) + 1
-        root.group, root.beam = group, Beam()
-        group.members = [root]
+        group = search_of(requests, params, self._num_arrived, self._max_model_len)
         self._num_arrived += 1
         self._searches |= dict.fromkeys((request.id for request in requests), group)
         self._groups[group] = None
-        self._queue.push(root)
+        self._queue.push(group.members[0])
 
     def _check_ids(self, requests: list[Request]) -> None:
         ids = [request.id for request in requests]
@@ -234,16 +222,7 @@ class Scheduler:
             picture.unpark(sequence, Status.WAITING)
         waiting += picture.followers
         picture.clear()
-        leaders: list[Sequence] = []
-        led: set[Group] = set()
-        for sequence in waiting:
-            if sequence.group is None or sequence.group not in led:
-                leaders.append(sequence)
-            else:
-                sequence.group.pending.append(sequence)
-            if sequence.group is not None:
-                led.add(sequence.group)
-        for sequence in reversed(leaders):
+        for sequence in reversed(leaders_of(waiting)):
             self._queue.push_front(sequence)
 
     def check(self) -> None:

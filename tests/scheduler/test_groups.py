@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from manta.scheduler.beam_search import BeamParams
@@ -224,6 +224,7 @@ def test_groups_among_others_get_what_they_would_alone(
         st.tuples(st.integers(1, 10), st.integers(1, 8), st.integers(1, 4), st.integers(0, 2)), min_size=1, max_size=4
     ),
 )
+@example(2, 1, True, "fcfs", [(1, 6, 3, 0), (3, 5, 2, 0), (1, 5, 2, 0)])  # a block is copied to, filled and found
 def test_all_searches_end_in_a_pool_that_holds_just_the_largest(
     block_size: int, num_lanes: int, caching: bool, policy: str, sizes: list[tuple[int, int, int, int]]
 ) -> None:
