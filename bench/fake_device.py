@@ -98,6 +98,9 @@ class FakeRunner:
         self._lanes[:] = -1
         self._decoding[:] = False
 
+    def use_idle_time(self) -> bool:
+        return False
+
     def run(self, plan: pb.StepPlan) -> FakeStep:
         """Launches the step: returns at once."""
         taken_ns = time.monotonic_ns()
@@ -163,6 +166,7 @@ def install() -> None:
     """Puts the clock where the worker service looks for torch and the model."""
     rank: Any = types.ModuleType("manta.workers.rank")
     rank.Placement, rank.load_rank, rank.device_name = Placement, FakeRank, lambda: "clock"
+    rank.PlacementError = ValueError
     mesh: Any = types.ModuleType("manta.workers.mesh")
     mesh.open_store = lambda: (None, 1)
     sys.modules |= {"manta.workers.rank": rank, "manta.workers.mesh": mesh}

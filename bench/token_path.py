@@ -58,7 +58,7 @@ class Client(asyncio.Protocol):
 
 def request_body(index: int, step_ms: float, chat: bool) -> bytes:
     """The seed is the device's step time in microseconds."""
-    fields = {"model": "bench", "stream": True, "max_tokens": 8_000, "ignore_eos": True, "seed": round(step_ms * 1000)}
+    fields = {"model": "bench", "stream": True, "max_tokens": 1_500, "ignore_eos": True, "seed": round(step_ms * 1000)}
     if chat:
         return orjson.dumps(fields | {"messages": [{"role": "user", "content": f"Count to {index}."}]})
     return orjson.dumps(fields | {"prompt": [3 + (index * 31 + i) % 1000 for i in range(PROMPT_TOKENS)]})
