@@ -28,7 +28,8 @@ def run(script: str, *words: str) -> str:
 @pytest.mark.parametrize("words", [(), ("--grpc",)], ids=["links", "grpc"])
 def test_dispatch(words: tuple[str, ...]) -> None:
     printed = run("dispatch.py", "--ranks", "2", "--step-ms", "5", "--running", "4", "--duration-s", "0.3", *words)
-    assert [line.split()[0] for line in printed.splitlines() if line.strip()[:1].isdigit()] == ["2"]
+    rows = [line.split()[:4] for line in printed.splitlines() if line.strip()[:1].isdigit()]
+    assert rows == [["1", "x", "2", "5"]]
 
 
 @pytest.mark.parametrize("words", [(), ("--chat",)], ids=["completions", "chat"])
