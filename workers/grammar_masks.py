@@ -154,6 +154,7 @@ def apply_mask(logits: Tensor, rows: Ints, mask: Tensor) -> None:
         return
     index, words = upload([rows], logits.device)[0], upload([mask.numpy()], logits.device)[0]
     shifts = torch.arange(_BITS, dtype=torch.int32, device=logits.device)
-    for some, of_some in zip(index.split(_ROWS_AT_ONCE), words.split(_ROWS_AT_ONCE), strict=True):
+    for start in range(0, len(index), _ROWS_AT_ONCE):
+        some, of_some = index[start : start + _ROWS_AT_ONCE], words[start : start + _ROWS_AT_ONCE]
         allowed = ((of_some[:, :, None] >> shifts) & 1).view(len(some), -1)[:, :vocab_size].bool()
         logits[some] = torch.where(allowed, logits[some], -torch.inf)
