@@ -16,7 +16,7 @@ class FrontendMessage(_message.Message):
     def __init__(self, submit: _Optional[_Union[Submit, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("handle", "request_id", "prompt_tokens", "output_tokens", "max_tokens", "ignore_eos", "stop_token_ids", "sampling", "priority", "tenant", "adapter", "cache_salt", "num_sequences", "beams")
+    __slots__ = ("handle", "request_id", "prompt_tokens", "output_tokens", "max_tokens", "ignore_eos", "stop_token_ids", "sampling", "priority", "tenant", "adapter", "cache_salt", "num_sequences", "beams", "resubmitted")
     HANDLE_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -31,6 +31,7 @@ class Submit(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     NUM_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     BEAMS_FIELD_NUMBER: _ClassVar[int]
+    RESUBMITTED_FIELD_NUMBER: _ClassVar[int]
     handle: int
     request_id: str
     prompt_tokens: bytes
@@ -45,7 +46,8 @@ class Submit(_message.Message):
     cache_salt: bytes
     num_sequences: int
     beams: Beams
-    def __init__(self, handle: _Optional[int] = ..., request_id: _Optional[str] = ..., prompt_tokens: _Optional[bytes] = ..., output_tokens: _Optional[bytes] = ..., max_tokens: _Optional[int] = ..., ignore_eos: bool = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_sampling_pb2.Sampling, _Mapping]] = ..., priority: _Optional[int] = ..., tenant: _Optional[str] = ..., adapter: _Optional[str] = ..., cache_salt: _Optional[bytes] = ..., num_sequences: _Optional[int] = ..., beams: _Optional[_Union[Beams, _Mapping]] = ...) -> None: ...
+    resubmitted: bool
+    def __init__(self, handle: _Optional[int] = ..., request_id: _Optional[str] = ..., prompt_tokens: _Optional[bytes] = ..., output_tokens: _Optional[bytes] = ..., max_tokens: _Optional[int] = ..., ignore_eos: bool = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_sampling_pb2.Sampling, _Mapping]] = ..., priority: _Optional[int] = ..., tenant: _Optional[str] = ..., adapter: _Optional[str] = ..., cache_salt: _Optional[bytes] = ..., num_sequences: _Optional[int] = ..., beams: _Optional[_Union[Beams, _Mapping]] = ..., resubmitted: bool = ...) -> None: ...
 
 class Beams(_message.Message):
     __slots__ = ("width", "length_penalty", "early_stopping")
@@ -191,7 +193,7 @@ class LoadRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class LoadResponse(_message.Message):
-    __slots__ = ("num_running", "num_waiting", "num_free_blocks", "num_blocks", "kv_cache_usage", "num_waiting_tokens", "healthy", "detail")
+    __slots__ = ("num_running", "num_waiting", "num_free_blocks", "num_blocks", "kv_cache_usage", "num_waiting_tokens", "healthy", "detail", "replicas")
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     NUM_FREE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
@@ -200,6 +202,7 @@ class LoadResponse(_message.Message):
     NUM_WAITING_TOKENS_FIELD_NUMBER: _ClassVar[int]
     HEALTHY_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
     num_running: int
     num_waiting: int
     num_free_blocks: int
@@ -208,7 +211,54 @@ class LoadResponse(_message.Message):
     num_waiting_tokens: int
     healthy: bool
     detail: str
-    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_blocks: _Optional[int] = ..., kv_cache_usage: _Optional[float] = ..., num_waiting_tokens: _Optional[int] = ..., healthy: bool = ..., detail: _Optional[str] = ...) -> None: ...
+    replicas: _containers.RepeatedCompositeFieldContainer[ReplicaLoad]
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_blocks: _Optional[int] = ..., kv_cache_usage: _Optional[float] = ..., num_waiting_tokens: _Optional[int] = ..., healthy: bool = ..., detail: _Optional[str] = ..., replicas: _Optional[_Iterable[_Union[ReplicaLoad, _Mapping]]] = ...) -> None: ...
+
+class ReplicaLoad(_message.Message):
+    __slots__ = ("state", "detail", "num_free_blocks", "num_blocks")
+    class State(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        SERVING: _ClassVar[ReplicaLoad.State]
+        LOST: _ClassVar[ReplicaLoad.State]
+        GIVEN_UP: _ClassVar[ReplicaLoad.State]
+    SERVING: ReplicaLoad.State
+    LOST: ReplicaLoad.State
+    GIVEN_UP: ReplicaLoad.State
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
+    NUM_FREE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    state: ReplicaLoad.State
+    detail: str
+    num_free_blocks: int
+    num_blocks: int
+    def __init__(self, state: _Optional[_Union[ReplicaLoad.State, str]] = ..., detail: _Optional[str] = ..., num_free_blocks: _Optional[int] = ..., num_blocks: _Optional[int] = ...) -> None: ...
+
+class ReplaceWorkersRequest(_message.Message):
+    __slots__ = ("replica", "workers")
+    REPLICA_FIELD_NUMBER: _ClassVar[int]
+    WORKERS_FIELD_NUMBER: _ClassVar[int]
+    replica: int
+    workers: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, replica: _Optional[int] = ..., workers: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class ReplaceWorkersResponse(_message.Message):
+    __slots__ = ("took_s",)
+    TOOK_S_FIELD_NUMBER: _ClassVar[int]
+    took_s: float
+    def __init__(self, took_s: _Optional[float] = ...) -> None: ...
+
+class GiveUpReplicaRequest(_message.Message):
+    __slots__ = ("replica", "reason")
+    REPLICA_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    replica: int
+    reason: str
+    def __init__(self, replica: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class GiveUpReplicaResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class MetricsRequest(_message.Message):
     __slots__ = ()

@@ -65,6 +65,16 @@ class EngineStub(object):
                 request_serializer=manta_dot_protos_dot_engine__pb2.DrainRequest.SerializeToString,
                 response_deserializer=manta_dot_protos_dot_engine__pb2.DrainResponse.FromString,
                 _registered_method=True)
+        self.ReplaceWorkers = channel.unary_unary(
+                '/manta.engine.v1.Engine/ReplaceWorkers',
+                request_serializer=manta_dot_protos_dot_engine__pb2.ReplaceWorkersRequest.SerializeToString,
+                response_deserializer=manta_dot_protos_dot_engine__pb2.ReplaceWorkersResponse.FromString,
+                _registered_method=True)
+        self.GiveUpReplica = channel.unary_unary(
+                '/manta.engine.v1.Engine/GiveUpReplica',
+                request_serializer=manta_dot_protos_dot_engine__pb2.GiveUpReplicaRequest.SerializeToString,
+                response_deserializer=manta_dot_protos_dot_engine__pb2.GiveUpReplicaResponse.FromString,
+                _registered_method=True)
 
 
 class EngineServicer(object):
@@ -112,6 +122,21 @@ class EngineServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReplaceWorkers(self, request, context):
+        """For whoever starts and ends processes. Gives a replica new workers, which load the model before this answers; what it
+        had runs on, here or on another replica. FAILED_PRECONDITION says why they cannot serve.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GiveUpReplica(self, request, context):
+        """No workers will come for a lost replica. When none is left, all requests end with this reason.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_EngineServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -144,6 +169,16 @@ def add_EngineServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=manta_dot_protos_dot_engine__pb2.DrainRequest.FromString,
                     response_serializer=manta_dot_protos_dot_engine__pb2.DrainResponse.SerializeToString,
+            ),
+            'ReplaceWorkers': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReplaceWorkers,
+                    request_deserializer=manta_dot_protos_dot_engine__pb2.ReplaceWorkersRequest.FromString,
+                    response_serializer=manta_dot_protos_dot_engine__pb2.ReplaceWorkersResponse.SerializeToString,
+            ),
+            'GiveUpReplica': grpc.unary_unary_rpc_method_handler(
+                    servicer.GiveUpReplica,
+                    request_deserializer=manta_dot_protos_dot_engine__pb2.GiveUpReplicaRequest.FromString,
+                    response_serializer=manta_dot_protos_dot_engine__pb2.GiveUpReplicaResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -309,6 +344,60 @@ class Engine(object):
             '/manta.engine.v1.Engine/Drain',
             manta_dot_protos_dot_engine__pb2.DrainRequest.SerializeToString,
             manta_dot_protos_dot_engine__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReplaceWorkers(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/manta.engine.v1.Engine/ReplaceWorkers',
+            manta_dot_protos_dot_engine__pb2.ReplaceWorkersRequest.SerializeToString,
+            manta_dot_protos_dot_engine__pb2.ReplaceWorkersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GiveUpReplica(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/manta.engine.v1.Engine/GiveUpReplica',
+            manta_dot_protos_dot_engine__pb2.GiveUpReplicaRequest.SerializeToString,
+            manta_dot_protos_dot_engine__pb2.GiveUpReplicaResponse.FromString,
             options,
             channel_credentials,
             insecure,

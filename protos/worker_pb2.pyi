@@ -77,10 +77,14 @@ class StartRequest(_message.Message):
     def __init__(self, num_blocks: _Optional[int] = ...) -> None: ...
 
 class StartResponse(_message.Message):
-    __slots__ = ("warmup_s",)
+    __slots__ = ("warmup_s", "last_epoch", "last_step")
     WARMUP_S_FIELD_NUMBER: _ClassVar[int]
+    LAST_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    LAST_STEP_FIELD_NUMBER: _ClassVar[int]
     warmup_s: float
-    def __init__(self, warmup_s: _Optional[float] = ...) -> None: ...
+    last_epoch: int
+    last_step: int
+    def __init__(self, warmup_s: _Optional[float] = ..., last_epoch: _Optional[int] = ..., last_step: _Optional[int] = ...) -> None: ...
 
 class SeqAdd(_message.Message):
     __slots__ = ("slot", "lane", "tokens", "num_prompt_tokens", "num_computed", "max_length", "blocks", "sampling")

@@ -90,14 +90,16 @@ class WorkerServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Load(self, request, context):
-        """Joins the process group, loads this rank's weights, measures how many KV blocks fit.
+        """Joins the process group, loads this rank's weights, measures how many KV blocks fit. Again with the same request it
+        answers at once: so a scheduler that has just started finds workers as it needs them.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Start(self, request, context):
-        """Allocates the KV blocks (the scheduler sends the minimum over all ranks) and warms up.
+        """Allocates the KV blocks (the scheduler sends the minimum over all ranks) and warms up. Again with as many blocks it
+        forgets all sequences and takes plans from the first epoch on.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

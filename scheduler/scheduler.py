@@ -71,8 +71,8 @@ class Scheduler:
             for replica in self._replicas
         ]
 
-    def add(self, request: Request) -> None:
-        """Puts a request into the queue. One that carries output has begun elsewhere: a full queue takes it too.
+    def add(self, request: Request, *, resubmitted: bool = False) -> None:
+        """Puts a request into the queue; a full queue takes what was taken before elsewhere.
 
         Raises TooLongError if it can never run, QueueFullError if it may be taken later, RefusedError for an empty
         prompt or no tokens to generate, ValueError if its id is in use.
@@ -83,7 +83,7 @@ class Scheduler:
         num_tokens = len(sequence.tokens)
         if len(request.output) and self._is_over(sequence):
             return
-        if not len(request.output):
+        if not resubmitted:
             self._check_queue(num_tokens)
         self._num_arrived += 1
         self._sequences[request.id] = sequence
@@ -101,7 +101,7 @@ class Scheduler:
         self._groups[group] = None
         self._queue.push(group.members[0])
 
-    def add_search(self, requests: list[Request], params: BeamParams) -> None:
+    def add_search(self, requests: list[Request], params: BeamParams, *, resubmitted: bool = False) -> None:
         """As `add`, for a beam search, whose best hypotheses `requests` get. These differ in id alone; stop tokens are
         those of `params`, and what they ask of log-probabilities does not count. They hear nothing until the search is
         over. Their `sampling` must ask for the log-probabilities of params.num_candidates tokens.
@@ -113,7 +113,8 @@ class Scheduler:
         self._check_ids(requests)
         first = requests[0]
         check_beams_fit(first, params.width, self._capacities, self._enable_chunked_prefill)
-        self._check_queue(len(first.prompt))
+        if not resubmitted:
+            self._check_queue(len(first.prompt))
         group = search_of(requests, params, self._num_arrived, self._max_model_len)
         self._num_arrived += 1
         self._searches |= dict.fromkeys((request.id for request in requests), group)

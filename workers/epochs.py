@@ -15,6 +15,11 @@ class EpochGuard:
         self._step = 0
         self._failure = ""
 
+    @property
+    def position(self) -> tuple[int, int]:
+        """Epoch and step of the last plan that was taken; zeros before the first."""
+        return self._epoch, self._step
+
     def admit(self, plan: StepPlan) -> bool:
         """True if the plan opens a new epoch, so that the rank must forget the old one. Raises RefusedPlanError."""
         is_new = plan.epoch > self._epoch

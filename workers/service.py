@@ -42,10 +42,11 @@ class WorkerService(WorkerServicer):
         self._compute = ComputeThread()
         self._lock = threading.Lock()  # guards what Describe and Load decide once
         self._store: tuple[Any, int] | None = None  # the rendezvous store and its port
-        self._load_began = False
+        self._request: pb.LoadRequest | None = None  # of the Load that began
         self._name = "a rank not loaded yet"
         self._loaded: LoadedRank | None = None
         self._runner: Runner | None = None
+        self._num_blocks = 0  # of the runner
         self._guard = EpochGuard()
         self._links = LinkServer(host, self.run)
         self._links.start()
@@ -76,7 +77,7 @@ class WorkerService(WorkerServicer):
             self._abort(context, error)
             raise
         return pb.LoadResponse(
-            num_blocks=loaded.num_blocks,
+            num_blocks=self._num_blocks or loaded.num_blocks,
             weight_bytes=loaded.weight_bytes,
             bytes_per_block=loaded.bytes_per_block,
             load_s=loaded.load_s,
@@ -86,11 +87,11 @@ class WorkerService(WorkerServicer):
     def Start(self, request: pb.StartRequest, context: grpc.ServicerContext) -> pb.StartResponse:
         began_s = time.perf_counter()
         try:
-            self._compute.call(partial(self._start, request.num_blocks))
+            epoch, step = self._compute.call(partial(self._start, request.num_blocks))
         except Exception as error:
             self._abort(context, error)
             raise
-        return pb.StartResponse(warmup_s=time.perf_counter() - began_s)
+        return pb.StartResponse(warmup_s=time.perf_counter() - began_s, last_epoch=epoch, last_step=step)
 
     def Compile(self, request: pb.CompileRequest, context: grpc.ServicerContext) -> pb.CompileResponse:
         from manta.workers.grammars import GrammarError
@@ -118,7 +119,8 @@ class WorkerService(WorkerServicer):
         if runner is None:
             raise OrderError("Run came before Start")
         answers: Answers = SimpleQueue()
-        threading.Thread(target=self._read, args=(runner, plans, answers), name="plans", daemon=True).start()
+        args = (runner, self._guard, plans, answers)
+        threading.Thread(target=self._read, args=args, name="plans", daemon=True).start()
         while (answer := answers.get()) is not None:
             yield answer()
 
@@ -131,9 +133,11 @@ class WorkerService(WorkerServicer):
         from manta.workers.rank import Placement, load_rank
 
         with self._lock:
-            if self._load_began:
-                raise OrderError("Load came a second time; a worker loads once")
-            self._load_began = True
+            if self._request is not None:
+                if self._loaded is None or _placement(request) != _placement(self._request):
+                    raise OrderError("Load came a second time, for something else; a worker loads once")
+                return self._loaded
+            self._request = request
         try:
             self._name = f"tp rank {request.tp_rank} of stage {request.pp_rank}"
             config = ServeConfig.model_validate_json(request.config_json)
@@ -147,33 +151,43 @@ class WorkerService(WorkerServicer):
             )
             self._loaded = self._compute.call(partial(load_rank, config, placement))
         except Exception:
-            self._load_began = False  # the caller may mend its request and try again
+            self._request = None  # the caller may mend its request and try again
             raise
         return self._loaded
 
-    def _start(self, num_blocks: int) -> None:
+    def _start(self, num_blocks: int) -> tuple[int, int]:
+        """Returns epoch and step of the last plan before."""
         if self._loaded is None:
             raise OrderError("Start came before Load")
-        if self._runner is not None:
-            raise OrderError("Start came a second time; a worker starts once")
-        self._runner = self._loaded.start(num_blocks)
-        self._compute.when_idle(self._runner.use_idle_time)
+        position = self._guard.position
+        if self._runner is None:
+            self._runner = self._loaded.start(num_blocks)
+            self._num_blocks = num_blocks
+            self._compute.when_idle(self._runner.use_idle_time)
+        elif num_blocks != self._num_blocks:
+            raise OrderError(f"Start came a second time, for {num_blocks} blocks where there are {self._num_blocks}")
+        else:
+            self._runner.clear()
+            self._guard = EpochGuard()
+        return position
 
-    def _read(self, runner: "Runner", plans: Iterator[pb.StepPlan], answers: Answers) -> None:
+    def _read(self, runner: "Runner", guard: EpochGuard, plans: Iterator[pb.StepPlan], answers: Answers) -> None:
         """Queues the stream's plans as they come, and the end of its answers behind them."""
         try:
             for plan in plans:
-                self._compute.post(partial(self._step, runner, plan, time.perf_counter_ns(), answers))
+                self._compute.post(partial(self._step, runner, guard, plan, time.perf_counter_ns(), answers))
         except (grpc.RpcError, OSError, DecodeError):
             logger.info("%s: the stream of plans broke; waiting for a new one", self._name)
         finally:
             self._compute.post(partial(answers.put, None))
 
-    def _step(self, runner: "Runner", plan: pb.StepPlan, received_ns: int, answers: Answers) -> None:
+    def _step(self, runner: "Runner", guard: EpochGuard, plan: pb.StepPlan, received_ns: int, answers: Answers) -> None:
         """Does one plan on the compute thread. Whatever goes wrong ends the epoch, not the worker."""
         queue_us = min((time.perf_counter_ns() - received_ns) // 1000, MAX_UINT32)
         try:
-            if self._guard.admit(plan):
+            if guard is not self._guard:
+                raise RefusedPlanError(f"step {plan.step} is of a scheduler that another has replaced")
+            if guard.admit(plan):
                 runner.clear()
             step = runner.run(plan)
         except RefusedPlanError as error:
@@ -219,3 +233,7 @@ class WorkerService(WorkerServicer):
         if code is grpc.StatusCode.INTERNAL:
             logger.error("%s failed", self._name, exc_info=error)
         context.abort(code, f"{self._name}: {error}")
+
+
+def _placement(request: pb.LoadRequest) -> tuple[str, int, int]:
+    return request.config_json, request.tp_rank, request.pp_rank

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import grpc.aio
 
-from manta.cluster.engine.workers import WorkerGroup
+from manta.cluster.engine.workers import WorkerError, WorkerGroup
 from manta.configs.model import ModelSpec
 from manta.configs.schema import ServeConfig
 from manta.protos import worker_pb2 as pb
@@ -36,6 +36,8 @@ class Deployment:
     weight_bytes: int  # of the largest rank
     bytes_per_block: int  # of the largest rank
     startup_s: dict[str, float] = field(default_factory=dict)
+    num_ranks_by_host: Counter[str] = field(default_factory=Counter)
+    lost: dict[int, str] = field(default_factory=dict)  # replicas that did not come up, and why
 
     @property
     def max_model_len(self) -> int:
@@ -66,12 +68,12 @@ async def bring_up(config: ServeConfig, spec: ModelSpec, addresses: list[list[st
 
 async def _bring_up_groups(config: ServeConfig, spec: ModelSpec, groups: list[WorkerGroup]) -> Deployment:
     timer = _PhaseTimer()
-    described = await _on_all(groups, lambda group: _on_ranks(group, lambda rank: _describe(group, rank)))
-    for group, responses_of_group in zip(groups, described, strict=True):
-        group.note_links(responses_of_group)
+    described = await _on_all(groups, describe_ranks)
     timer.end("describe")
     ranks_on_host = Counter(response.host for group in described for response in group)
-    loaded = await _on_all(groups, lambda group: _load(config, group, described[groups.index(group)], ranks_on_host))
+    loaded = await _on_all(
+        groups, lambda group: load_ranks(config, group, described[groups.index(group)], ranks_on_host)
+    )
     timer.end("load")
     responses = [response for group in loaded for response in group]
     timer.phases["weights"] = max(response.load_s for response in responses)
@@ -79,15 +81,16 @@ async def _bring_up_groups(config: ServeConfig, spec: ModelSpec, groups: list[Wo
 
     num_blocks = [agree_on_blocks(config, [response.num_blocks for response in group]) for group in loaded]
     max_model_len = fit_context(config, spec, min(num_blocks))
-    await _on_all(groups, lambda group: _start(group, num_blocks[groups.index(group)]))
+    await _on_all(groups, lambda group: start_ranks(config, group, num_blocks[groups.index(group)]))
     timer.end("start")
     return Deployment(
         groups=groups,
-        capacities=[_capacity(config, blocks, max_model_len) for blocks in num_blocks],
+        capacities=[capacity_of(config, blocks, max_model_len) for blocks in num_blocks],
         device=described[0][0].device,
         weight_bytes=max(response.weight_bytes for response in responses),
         bytes_per_block=max(response.bytes_per_block for response in responses),
         startup_s=timer.phases,
+        num_ranks_by_host=ranks_on_host,
     )
 
 
@@ -134,7 +137,7 @@ def fit_context(config: ServeConfig, spec: ModelSpec, num_blocks: int) -> int:
     return max_model_len
 
 
-def _capacity(config: ServeConfig, num_blocks: int, max_model_len: int) -> Capacity:
+def capacity_of(config: ServeConfig, num_blocks: int, max_model_len: int) -> Capacity:
     return Capacity(
         num_blocks=num_blocks,
         block_size=config.block_size,
@@ -145,17 +148,26 @@ def _capacity(config: ServeConfig, num_blocks: int, max_model_len: int) -> Capac
     )
 
 
-async def _describe(group: WorkerGroup, rank: int) -> pb.DescribeResponse:
-    """Rank 0 opens the rendezvous that the others join in Load."""
-    request = pb.DescribeRequest(open_rendezvous=rank == 0)
-    stub = group.stubs[rank]
-    response: pb.DescribeResponse = await stub.Describe(request, timeout=_DESCRIBE_TIMEOUT_S, wait_for_ready=True)
-    return response
+async def describe_ranks(group: WorkerGroup, *, are_up: bool = False) -> list[pb.DescribeResponse]:
+    """Rank 0 opens the rendezvous that the others join in Load. are_up: one that cannot be reached now is lost."""
+
+    async def describe(rank: int) -> pb.DescribeResponse:
+        request = pb.DescribeRequest(open_rendezvous=rank == 0)
+        stub = group.stubs[rank]
+        response: pb.DescribeResponse = await stub.Describe(
+            request, timeout=_DESCRIBE_TIMEOUT_S, wait_for_ready=not are_up
+        )
+        return response
+
+    described = await _on_ranks(group, describe)
+    group.note_links(described)
+    return described
 
 
-async def _load(
+async def load_ranks(
     config: ServeConfig, group: WorkerGroup, described: list[pb.DescribeResponse], ranks_on_host: Counter[str]
 ) -> list[pb.LoadResponse]:
+    """Each rank its part of the weights, all at once. Raises WorkerError."""
     config_json = config.model_dump_json()
 
     async def load(rank: int) -> pb.LoadResponse:
@@ -174,8 +186,15 @@ async def _load(
     return await _on_ranks(group, load)
 
 
-async def _start(group: WorkerGroup, num_blocks: int) -> list[pb.StartResponse]:
-    return await _on_ranks(group, lambda rank: group.stubs[rank].Start(pb.StartRequest(num_blocks=num_blocks)))
+async def start_ranks(config: ServeConfig, group: WorkerGroup, num_blocks: int) -> list[pb.StartResponse]:
+    """Raises WorkerError, too, when the ranks cannot go on together."""
+    request = pb.StartRequest(num_blocks=num_blocks)
+    started = await _on_ranks(group, lambda rank: group.stubs[rank].Start(request))
+    positions = [(response.last_epoch, response.last_step) for response in started]
+    # Stages may still hold what others sent them; ranks of one stage are even when they have run the same steps.
+    if any(epoch for epoch, _ in positions) and (config.pipeline_parallel_size > 1 or len(set(positions)) > 1):
+        raise WorkerError(0, group.addresses[0], "its replica has ranks in the midst of another scheduler's steps")
+    return started
 
 
 async def _on_ranks(group: WorkerGroup, call: Callable[[int], Awaitable[_Response]]) -> list[_Response]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
 from typing import Protocol, TypeVar
 
@@ -56,8 +57,10 @@ CHANNEL_OPTIONS = (
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.use_local_subchannel_pool", 1),
 )
-_FIRST_BACKOFF_S = 0.1
-_LONGEST_BACKOFF_S = 5.0
+PATIENCE_S = 120.0  # a scheduler that starts anew imports and reaches its workers in seconds; the host may be loaded
+_FIRST_BACKOFF_S = 0.05
+_LONGEST_BACKOFF_S = 0.5
+_OPEN_TIMEOUT_S = 5.0
 _CONNECT = f"/{pb.DESCRIPTOR.services_by_name['Engine'].full_name}/Connect"
 _T = TypeVar("_T")
 
@@ -99,12 +102,16 @@ class Client(Protocol):
 class EngineClient:
     """A `Client` of an engine in another process. Build it with `await EngineClient.connect(address)`.
 
-    When the stream breaks, every open request raises EngineLostError and the client connects again in the background;
-    new requests raise EngineLostError until it has.
+    When the connection breaks, it connects again and submits the open requests with the tokens they have: their readers
+    notice a pause. Requests that come meanwhile wait for it. After `patience_s` without engine all of them raise
+    EngineLostError, and so do new ones until it is back. An engine that gives this client up, or sends nonsense, ends
+    the open requests at once.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, patience_s: float = PATIENCE_S) -> None:
         self._address = address
+        self._patience_s = patience_s
+        self._gave_up = False  # there has been no engine for too long
         self._streams = StreamTable()
         self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
         self._stub = engine_pb2_grpc.EngineStub(self._channel)
@@ -112,9 +119,9 @@ class EngineClient:
         self._task: asyncio.Task[None] | None = None
 
     @classmethod
-    async def connect(cls, address: str, timeout_s: float = 30.0) -> "EngineClient":
+    async def connect(cls, address: str, timeout_s: float = 30.0, patience_s: float = PATIENCE_S) -> "EngineClient":
         """Raises EngineLostError when no engine answers at `address` ("host:port") in time."""
-        client = cls(address)
+        client = cls(address, patience_s)
         try:
             client._stream = await client._open(timeout_s, wait_for_ready=True)
         except grpc.aio.AioRpcError as error:
@@ -158,12 +165,14 @@ class EngineClient:
         if self._stream is not None:
             self._stream.close()  # the task has done it unless it had not begun
         await self._channel.close()
-        self._lose("the client was closed")
+        self._stream = None
+        self._end_all("the client was closed")
 
     def _send(self, message: pb.FrontendMessage) -> None:
+        """Without engine a request stays in the table and is submitted when there is one."""
         if self._stream is not None:
             self._stream.write(message.SerializeToString())
-        elif message.HasField("submit"):
+        elif self._gave_up and message.HasField("submit"):
             raise EngineLostError(f"the engine at {self._address} is not connected")
 
     async def _call(self, call: Awaitable[_T]) -> _T:
@@ -178,42 +187,51 @@ class EngineClient:
         address = link_address(self._address, info.link_port, info.link_socket, info.link_key)
         return await open_stream(address, self._channel, _CONNECT)
 
-    def _lose(self, reason: str) -> None:
-        self._stream = None
+    def _end_all(self, reason: str) -> None:
         self._streams.fail_all(lambda: EngineLostError(f"lost the engine at {self._address}: {reason}"))
 
     async def _stay_connected(self, stream: Stream) -> None:
         while True:
             try:
-                reason = await self._read(stream)
+                reason, can_go_on = await self._read(stream)
             finally:
                 stream.close()
+            self._stream = None
             logger.warning("lost the engine at %s: %s", self._address, reason)
-            self._lose(reason)
-            stream = self._stream = await self._reopen()
+            if not can_go_on:
+                self._end_all(reason)
+            stream = await self._reopen(reason)
+            messages = self._streams.resubmits()
+            self._stream, self._gave_up = stream, False
+            for message in messages:
+                stream.write(message.SerializeToString())
+            logger.warning("the engine at %s is back; %d requests go on", self._address, len(messages))
 
-    async def _reopen(self) -> Stream:
+    async def _reopen(self, reason: str) -> Stream:
         """Returns when the engine is back."""
-        backoff_s = _FIRST_BACKOFF_S
+        backoff_s, began_s = _FIRST_BACKOFF_S, time.monotonic()
         while True:
             await asyncio.sleep(backoff_s)
             backoff_s = min(2 * backoff_s, _LONGEST_BACKOFF_S)
             try:
-                return await self._open(_LONGEST_BACKOFF_S)
-            except grpc.aio.AioRpcError:
-                continue  # not back yet: wait longer
+                return await self._open(_OPEN_TIMEOUT_S)
+            except grpc.aio.AioRpcError:  # not back yet
+                if not self._gave_up and time.monotonic() - began_s > self._patience_s:
+                    self._gave_up = True
+                    self._end_all(reason)
 
-    async def _read(self, stream: Stream) -> str:
-        """Takes the stream's messages until it ends; returns why."""
+    async def _read(self, stream: Stream) -> tuple[str, bool]:
+        """Takes the stream's messages until it ends; returns why, and whether requests can go on with the next one."""
         try:
             while True:
                 message = pb.EngineMessage.FromString(await stream.read())
                 if message.error:
-                    return str(message.error)
+                    return str(message.error), False
                 self._streams.feed(message)
         except grpc.aio.AioRpcError as error:
-            return str(error.details() or error.code().name)
+            can_go_on = error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+            return str(error.details() or error.code().name), can_go_on
         except LinkLostError as error:
-            return str(error)
+            return str(error), True
         except (DecodeError, ValueError) as error:
-            return f"it sent what is no message ({error})"
+            return f"it sent what is no message ({error})", False

@@ -7,12 +7,14 @@ from functools import partial
 
 from manta.cluster.engine.admission import build_request, build_samples, build_search
 from manta.cluster.engine.block_tables import block_tables
-from manta.cluster.engine.bringup import Deployment
+from manta.cluster.engine.bringup import BringUpError, Deployment
 from manta.cluster.engine.frontend import MAX_PENDING_BYTES, Frontend
 from manta.cluster.engine.grammars import GrammarGate
 from manta.cluster.engine.metrics import EngineCollector, ReplicaMetrics, render
 from manta.cluster.engine.publisher import Publisher
 from manta.cluster.engine.replica import Deadlines, ReplicaLoop
+from manta.cluster.engine.revival import replace_workers
+from manta.cluster.engine.workers import WorkerError
 from manta.configs.model import ModelSpec
 from manta.configs.schema import ServeConfig
 from manta.protos import engine_pb2 as pb
@@ -37,7 +39,9 @@ class Engine:
         deadlines: Deadlines | None = None,
         on_replica_lost: Callable[[int, str], None] | None = None,
         max_pending_bytes: int = MAX_PENDING_BYTES,
+        replaces_workers: bool = False,
     ) -> None:
+        """replaces_workers: somebody will call `replace_workers` for a lost replica, or `give_up`; requests wait."""
         self.config = config
         self.deployment = deployment
         self.scheduler = Scheduler(
@@ -53,25 +57,65 @@ class Engine:
         self._metrics = [ReplicaMetrics() for _ in deployment.groups]
         self._collector = EngineCollector(config.model_name, self._metrics, _cache_config(config, deployment))
         self._publisher = Publisher(self._metrics, max_pending_bytes=max_pending_bytes)
-        self._loops = [
-            ReplicaLoop(index, group, self.scheduler, metrics, self._publisher.publish, deadlines or Deadlines())
-            for index, (group, metrics) in enumerate(zip(deployment.groups, self._metrics, strict=True))
-        ]
+        self._deadlines = deadlines or Deadlines()
+        self._replaces_workers = replaces_workers
+        self._loops = [self._new_loop(index) for index in range(len(deployment.groups))]
+        for index, reason in deployment.lost.items():
+            self._loops[index].lost_reason = reason
+        self._given_up: dict[int, str] = {}  # replicas that nobody will bring back, and why
         self._grammars = GrammarGate(deployment.groups)
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks: dict[int, asyncio.Task[None]] = {}  # by replica
         self._draining = False
         self._all_lost = asyncio.Event()
 
     def start(self) -> None:
         """Starts the step loops on the running event loop."""
-        self._tasks = [asyncio.create_task(self._serve(loop)) for loop in self._loops]
+        for loop in self._loops:
+            if loop.lost_reason is None:
+                self._tasks[loop.index] = asyncio.create_task(self._serve(loop))
+
+    async def replace_workers(self, index: int, addresses: list[str]) -> None:
+        """Gives a replica new workers and returns when it serves again; what it had runs on meanwhile, where there is
+        room. Raises WorkerError or BringUpError, after which the replica is lost, IndexError if there is no such one.
+        """
+        loop = self._loops[index]
+        if loop.lost_reason is None:
+            self._tasks[index].cancel()
+            await asyncio.gather(self._tasks[index], return_exceptions=True)
+            loop.lost_reason = "its workers are replaced"
+            self.scheduler.reset(index)
+            self._wake()
+        try:
+            await replace_workers(self.config, self.deployment, index, addresses)
+        except (WorkerError, BringUpError) as error:
+            loop.lost_reason = str(error)
+            raise
+        self._given_up.pop(index, None)
+        self._loops[index] = self._new_loop(index)
+        self._tasks[index] = asyncio.create_task(self._serve(self._loops[index]))
+        logger.info("replica %d has new workers", index)
+
+    def give_up(self, index: int, reason: str) -> None:
+        """Nobody will bring the lost replica back. When that is so for all, requests end with an error."""
+        loop = self._loops[index]
+        loop.lost_reason = loop.lost_reason or reason
+        self._given_up[index] = reason
+        if len(self._given_up) == len(self._loops):
+            for request_id in self._publisher.open_request_ids():
+                self.scheduler.abort(request_id)
+            self._publisher.fail_all(f"no replica is left: {reason}")
+            self._all_lost.set()
+
+    def _new_loop(self, index: int) -> ReplicaLoop:
+        group, metrics = self.deployment.groups[index], self._metrics[index]
+        return ReplicaLoop(index, group, self.scheduler, metrics, self._publisher.publish, self._deadlines)
 
     async def stop(self) -> None:
         """Ends the step loops and the channels; open requests end with an error, and new ones are refused."""
         self._draining = True
-        for task in self._tasks:
+        for task in self._tasks.values():
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
         await self._grammars.close()
         self._publisher.fail_all("the engine is shutting down")
         await self.deployment.close()
@@ -79,7 +123,10 @@ class Engine:
     async def lost(self) -> str:
         """Returns the reason once no replica is left: nothing can be served from then on."""
         await self._all_lost.wait()
-        return str(self._loops[0].lost_reason)
+        return self._why_all_lost()
+
+    def _why_all_lost(self) -> str:
+        return next(iter(self._given_up.values()))
 
     def open_frontend(self) -> Frontend:
         return self._publisher.open_frontend()
@@ -156,11 +203,12 @@ class Engine:
     def _add(self, submit: pb.Submit, request_ids: list[int]) -> None:
         first = build_request(submit, request_ids[0], self._spec, self._publisher.clock())
         if submit.HasField("beams"):
-            self.scheduler.add_search(*build_search(first, request_ids[1:], submit.beams, self._spec.vocab_size))
+            search = build_search(first, request_ids[1:], submit.beams, self._spec.vocab_size)
+            self.scheduler.add_search(*search, resubmitted=submit.resubmitted)
         elif len(request_ids) > 1:
             self.scheduler.add_group(build_samples(first, request_ids[1:]))
         else:
-            self.scheduler.add(first)
+            self.scheduler.add(first, resubmitted=submit.resubmitted)
 
     def abort(self, frontend: Frontend, handles: list[int]) -> None:
         """Ends requests with reason "abort"; those that have ended already are ignored."""
@@ -200,18 +248,30 @@ class Engine:
         )
 
     def load(self) -> pb.LoadResponse:
-        num_blocks = sum(capacity.num_blocks for capacity in self.deployment.capacities)
-        num_free = sum(self.scheduler.num_free_blocks(loop.index) for loop in self._loops)
-        lost = [f"replica {loop.index}: {loop.lost_reason}" for loop in self._loops if loop.lost_reason is not None]
+        replicas = [self._load_of(loop) for loop in self._loops]
+        lost = [f"replica {index}: {each.detail}" for index, each in enumerate(replicas) if each.detail]
+        num_blocks = sum(each.num_blocks for each in replicas)
+        num_free = sum(each.num_free_blocks for each in replicas)
         return pb.LoadResponse(
             num_running=self.scheduler.num_running,
             num_waiting=self.scheduler.num_waiting,
             num_free_blocks=num_free,
             num_blocks=num_blocks,
-            kv_cache_usage=1.0 - num_free / num_blocks,
+            kv_cache_usage=1.0 - num_free / num_blocks if num_blocks else 0.0,
             num_waiting_tokens=self.scheduler.num_waiting_tokens,
-            healthy=len(lost) < len(self._loops),
+            healthy=len(lost) < len(replicas),
             detail="; ".join(lost) or ("draining" if self._draining else ""),
+            replicas=replicas,
+        )
+
+    def _load_of(self, loop: ReplicaLoop) -> pb.ReplicaLoad:
+        if loop.lost_reason is not None:
+            given_up = self._given_up.get(loop.index)
+            state = pb.ReplicaLoad.LOST if given_up is None else pb.ReplicaLoad.GIVEN_UP
+            return pb.ReplicaLoad(state=state, detail=given_up or loop.lost_reason)
+        return pb.ReplicaLoad(
+            num_free_blocks=self.scheduler.num_free_blocks(loop.index),
+            num_blocks=self.deployment.capacities[loop.index].num_blocks,
         )
 
     def block_tables(self) -> pb.BlockTablesResponse:
@@ -244,17 +304,15 @@ class Engine:
         logger.error("replica %d is lost: %s", loop.index, reason)
         if self._on_replica_lost is not None:
             self._on_replica_lost(loop.index, reason)
-        if all(other.lost_reason is not None for other in self._loops):
-            for request_id in self._publisher.open_request_ids():
-                self.scheduler.abort(request_id)
-            self._publisher.fail_all(f"no replica is left: {reason}")
-            self._all_lost.set()
+        if not self._replaces_workers:
+            self.give_up(loop.index, reason)
 
     def _give_up(self, reason: str) -> None:
         """After a bug nothing that the scheduler holds can be trusted, and no request may hang for it."""
         for loop in self._loops:
             loop.lost_reason = loop.lost_reason or reason
-        for task in self._tasks:
+            self._given_up.setdefault(loop.index, reason)
+        for task in self._tasks.values():
             if task is not asyncio.current_task():
                 task.cancel()
         self._publisher.fail_all(reason)
@@ -263,8 +321,8 @@ class Engine:
     def _refusal(self) -> pb.Refused | None:
         if self._draining:
             return pb.Refused(code=pb.Refused.DRAINING, message="the engine is shutting down")
-        if all(loop.lost_reason is not None for loop in self._loops):
-            message = f"no replica is left: {self._loops[0].lost_reason}"
+        if len(self._given_up) == len(self._loops):
+            message = f"no replica is left: {self._why_all_lost()}"
             return pb.Refused(code=pb.Refused.UNAVAILABLE, message=message)
         return None
 

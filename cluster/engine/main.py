@@ -17,6 +17,7 @@ import uvloop
 
 from manta.cluster.engine.bringup import BringUpError, bring_up
 from manta.cluster.engine.engine import Engine
+from manta.cluster.engine.revival import find_workers
 from manta.cluster.engine.service import EngineServer
 from manta.cluster.engine.workers import WorkerError
 from manta.cluster.orphan import parent_ended
@@ -35,20 +36,24 @@ class SchedulerServer:
         worker_addresses: list[list[str]],
         host: str = "127.0.0.1",
         port: int = 0,
+        takes_over: bool = False,
     ) -> None:
-        """worker_addresses: per replica, in rank order. Raises pydantic.ValidationError for a bad configuration."""
+        """worker_addresses: per replica, in rank order. takes_over: another scheduler had these workers; a replica that
+        cannot go on is left out. Raises pydantic.ValidationError for a bad configuration."""
         self._config = ServeConfig.model_validate_json(config_json)
         self._worker_addresses = worker_addresses
         self._host = host
         self._port = port
+        self._takes_over = takes_over
         self._engine: Engine | None = None
         self._server: EngineServer | None = None
 
     async def start(self) -> str:
         """Returns "host:port". Raises WorkerError, BringUpError or PreflightError with one sentence for the user."""
         spec = read_model(self._config).spec
-        deployment = await bring_up(self._config, spec, self._worker_addresses)
-        self._engine = Engine(self._config, spec, deployment)
+        begin = find_workers if self._takes_over else bring_up
+        deployment = await begin(self._config, spec, self._worker_addresses)
+        self._engine = Engine(self._config, spec, deployment, replaces_workers=True)
         self._engine.start()
         self._server = await EngineServer.start(self._engine, self._host, self._port)
         gc.collect()
@@ -80,7 +85,7 @@ async def run(args: argparse.Namespace) -> int:
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
-    server = SchedulerServer(args.config_json, parse_workers(args.workers), args.host, args.port)
+    server = SchedulerServer(args.config_json, parse_workers(args.workers), args.host, args.port, args.takes_over)
     waits = [asyncio.create_task(stopping.wait()), asyncio.create_task(parent_ended(args.parent_pid))]
     starting = asyncio.create_task(server.start())
     try:
@@ -110,6 +115,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workers", required=True, help="addresses: comma within a replica, semicolon between")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=0, help="0 takes a free one")
+    parser.add_argument("--takes-over", action="store_true", help="the workers had another scheduler, which is gone")
     parser.add_argument("--parent-pid", type=int, default=0, help="end when this process is gone")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -9,8 +10,10 @@ import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
 
+from manta.cluster.engine.bringup import BringUpError
 from manta.cluster.engine.engine import Engine
 from manta.cluster.engine.frontend import Frontend, SlowFrontendError
+from manta.cluster.engine.workers import WorkerError
 from manta.cluster.link_listener import LinkListener
 from manta.cluster.links import Link
 from manta.protos import engine_pb2 as pb
@@ -110,6 +113,20 @@ class EngineService(engine_pb2_grpc.EngineServicer):
 
     async def Drain(self, request: pb.DrainRequest, context: object) -> pb.DrainResponse:
         return pb.DrainResponse(drained=await self._engine.drain(request.timeout_s))
+
+    async def ReplaceWorkers(
+        self, request: pb.ReplaceWorkersRequest, context: "grpc.aio.ServicerContext[Any, Any]"
+    ) -> pb.ReplaceWorkersResponse:
+        began_s = time.perf_counter()
+        try:
+            await self._engine.replace_workers(request.replica, list(request.workers))
+        except (WorkerError, BringUpError, IndexError) as error:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+        return pb.ReplaceWorkersResponse(took_s=time.perf_counter() - began_s)
+
+    async def GiveUpReplica(self, request: pb.GiveUpReplicaRequest, context: object) -> pb.GiveUpReplicaResponse:
+        self._engine.give_up(request.replica, request.reason)
+        return pb.GiveUpReplicaResponse()
 
 
 class EngineServer:

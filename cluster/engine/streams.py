@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -22,11 +23,17 @@ from manta.protos import engine_pb2 as pb
 class RequestStream:
     """What one request has received and its reader has not taken yet."""
 
-    __slots__ = ("_waiter", "error", "finished", "handle", "logprobs", "prompt_logprobs", "started", "tokens")
+    __slots__ = (
+        "_waiter", "delivered", "error", "finished", "handle", "handles", "logprobs", "prompt_logprobs", "request",
+        "started", "tokens",
+    )  # fmt: skip
 
-    def __init__(self, handle: int) -> None:
+    def __init__(self, handle: int, request: GenerationRequest, handles: range) -> None:
         self.handle = handle
-        self.tokens: list[int] = []
+        self.handles = handles  # of all sequences that were submitted with it, its own among them
+        self.request = request
+        self.delivered: list[int] = []  # tokens that the reader has taken
+        self.tokens: list[int] = []  # and those that it has not
         self.logprobs: list[bytes] = []
         self.prompt_logprobs: list[bytes] = []
         self.started: pb.Started | None = None
@@ -46,6 +53,7 @@ class RequestStream:
         if self.error is not None:
             raise self.error
         chunk = TokenChunk(self.tokens)
+        self.delivered += self.tokens
         self.tokens = []
         if self.logprobs or self.prompt_logprobs:
             chunk.logprobs, chunk.prompt_logprobs = b"".join(self.logprobs), b"".join(self.prompt_logprobs)
@@ -72,11 +80,13 @@ class StreamTable:
     def __len__(self) -> int:
         return len(self._streams)
 
-    def open(self) -> RequestStream:
-        self._last_handle += 1
-        stream = RequestStream(self._last_handle)
-        self._streams[stream.handle] = stream
-        return stream
+    def open(self, requests: Sequence[GenerationRequest]) -> list[RequestStream]:
+        """Of requests that are submitted together: their handles follow each other."""
+        handles = range(self._last_handle + 1, self._last_handle + 1 + len(requests))
+        self._last_handle += len(requests)
+        streams = [RequestStream(handle, one, handles) for handle, one in zip(handles, requests, strict=True)]
+        self._streams |= {stream.handle: stream for stream in streams}
+        return streams
 
     def close(self, stream: RequestStream) -> None:
         del self._streams[stream.handle]
@@ -85,7 +95,7 @@ class StreamTable:
         """Hands the news to its requests; news of requests that were given up is dropped."""
         streams = self._streams
         for started in message.started:
-            if stream := streams.get(started.handle):
+            if (stream := streams.get(started.handle)) and stream.started is None:
                 stream.started = started
         for logprobs in message.logprobs:
             if stream := streams.get(logprobs.handle):
@@ -106,6 +116,26 @@ class StreamTable:
                 stream.error = refusal(refused)
                 stream.wake()
 
+    def resubmits(self) -> list[pb.FrontendMessage]:
+        """What to tell an engine that knows of no open request, so that each goes on from the token it is at."""
+        messages = []
+        for stream in self._streams.values():
+            if stream.finished is not None or stream.error is not None:
+                continue
+            if stream.request.beams is None:
+                messages.append(pb.FrontendMessage(submit=_resubmit(stream)))
+            elif all(handle >= stream.handle for handle in stream.handles if handle in self._streams):
+                messages += self._resubmit_search(stream)
+        return messages
+
+    def _resubmit_search(self, stream: RequestStream) -> list[pb.FrontendMessage]:
+        """A search has told nothing before its end: it begins anew, for those that still listen."""
+        submit = build_submit(stream.handles[0], stream.request, len(stream.handles))
+        submit.resubmitted = True
+        gone = [handle for handle in stream.handles if handle not in self._streams]
+        messages = [pb.FrontendMessage(submit=submit)]
+        return [*messages, pb.FrontendMessage(abort=pb.Abort(handles=gone))] if gone else messages
+
     def fail_all(self, make_error: Callable[[], EngineError]) -> None:
         """Ends every open request with an error of its own."""
         for stream in self._streams.values():
@@ -118,7 +148,7 @@ async def run_request(
     streams: StreamTable, request: GenerationRequest, send: Callable[[pb.FrontendMessage], None]
 ) -> AsyncIterator[TokenChunk]:
     """Submits, yields chunks up to the one with a finish_reason, and aborts if the reader leaves before that."""
-    stream = streams.open()
+    (stream,) = streams.open([request])
     ended = False
     try:
         send(pb.FrontendMessage(submit=build_submit(stream.handle, request)))
@@ -151,7 +181,7 @@ class RequestGroup:
     async def chunks(self, place: int) -> AsyncGenerator[TokenChunk, None]:
         """As `run_request`, of requests[place]; once for each."""
         if self._unread is None:
-            self._unread = dict(enumerate(self._streams.open() for _ in self._requests))
+            self._unread = dict(enumerate(self._streams.open(self._requests)))
             submit = build_submit(self._unread[0].handle, self._requests[0], len(self._requests))
             self._send(pb.FrontendMessage(submit=submit))
         stream = self._unread.pop(place)
@@ -201,6 +231,19 @@ def build_submit(handle: int, request: GenerationRequest, num_sequences: int = 1
         num_sequences=num_sequences if num_sequences > 1 else 0,
         beams=None if request.beams is None else _encode_beams(request.beams),
     )
+
+
+def _resubmit(stream: RequestStream) -> pb.Submit:
+    """With the tokens that came. Who has tokens has been told of its prompt."""
+    tokens = stream.delivered + stream.tokens
+    request = stream.request
+    if not tokens:
+        stream.logprobs, stream.prompt_logprobs = [], []
+    elif request.sampling.prompt_logprobs is not None:
+        request = replace(request, sampling=request.sampling.model_copy(update={"prompt_logprobs": None}))
+    submit = build_submit(stream.handle, replace(request, output_token_ids=tokens))
+    submit.resubmitted = True
+    return submit
 
 
 def _encode_beams(beams: Beams) -> pb.Beams:

@@ -10,6 +10,7 @@ from manta.cluster.engine.bringup import bring_up
 from manta.cluster.engine.client import EngineClient, GenerationRequest, TokenChunk
 from manta.cluster.engine.engine import Engine
 from manta.cluster.engine.replica import Deadlines
+from manta.cluster.engine.revival import find_workers
 from manta.cluster.engine.service import EngineServer
 from manta.configs.model import ModelSpec, parse_model_spec
 from manta.configs.sampling import SamplingParams
@@ -69,6 +70,7 @@ async def collect(chunks: AsyncIterator[TokenChunk]) -> tuple[list[int], TokenCh
 @dataclass
 class FakeDeployment:
     engine: Engine
+    server: EngineServer
     client: EngineClient
     address: str
     workers: list[list[FakeWorker]]
@@ -81,6 +83,34 @@ class FakeDeployment:
         assert self.engine.scheduler.num_running == self.engine.scheduler.num_waiting == 0
         load = self.engine.load()
         assert load.num_free_blocks == load.num_blocks
+
+    async def start_engine_anew(self) -> None:
+        """A scheduler process that has died and is started again: another engine at the same address, which finds the
+        workers as they are."""
+        addresses = [[server.address for server in replica] for replica in self.servers]
+        config, spec = self.engine.config, self.engine._spec
+        deployment = await find_workers(config, spec, addresses)
+        self.engine = Engine(config, spec, deployment, deadlines=FAST, replaces_workers=True)
+        self.engine.start()
+        self.server = await EngineServer.start(self.engine, "127.0.0.1", int(self.address.rpartition(":")[2]))
+
+    async def kill_engine(self) -> None:
+        """No request is told anything."""
+        await self.server.stop(None)
+        for task in self.engine._tasks.values():
+            task.cancel()
+        await asyncio.gather(*self.engine._tasks.values(), return_exceptions=True)
+        await self.engine.deployment.close()
+
+    async def replace(self, replica: int) -> None:
+        """New workers for a replica."""
+        old = self.servers[replica]
+        self.servers[replica] = [FakeWorkerServer(type(server.worker)(), server.transport) for server in old]
+        addresses = [await server.start() for server in self.servers[replica]]
+        self.workers[replica] = [server.worker for server in self.servers[replica]]
+        for server in old:
+            await server.stop()
+        await self.engine.replace_workers(replica, addresses)
 
     async def settled(self) -> None:
         """Waits until no plan is in flight, then checks the pool."""
@@ -116,12 +146,13 @@ async def fake_deployment(
     server = await EngineServer.start(engine, "127.0.0.1", 0)
     client = await EngineClient.connect(server.address)
     workers = [[server.worker for server in replica] for replica in servers]
+    fake = FakeDeployment(engine, server, client, server.address, workers, servers, lost)
     try:
-        yield FakeDeployment(engine, client, server.address, workers, servers, lost)
+        yield fake
     finally:
         await client.close()
-        await engine.stop()
-        await server.stop(None)
+        await fake.engine.stop()
+        await fake.server.stop(None)
         for replica in servers:
             for worker_server in replica:
                 await worker_server.stop()

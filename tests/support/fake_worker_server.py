@@ -211,9 +211,12 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
 
     async def Start(self, request: pb.StartRequest, context: Any) -> pb.StartResponse:
         assert self._config is not None
+        while self.links is not None and self._num_queued:  # as a real one, it first does what has come over links
+            await asyncio.sleep(0.001)
+        last = self.device or FakeDevice(0, 0)
         self.started_blocks = request.num_blocks
         self.device = FakeDevice(request.num_blocks, self._config.block_size)
-        return pb.StartResponse(warmup_s=0.0)
+        return pb.StartResponse(warmup_s=0.0, last_epoch=last.epoch, last_step=last.step)
 
     async def Compile(self, request: pb.CompileRequest, context: Any) -> pb.CompileResponse:
         self.compiled.append(request.grammar.text)
@@ -308,14 +311,14 @@ class FakeWorkerServer:
 
     def __init__(self, worker: FakeWorker | None = None, transport: Transport = "grpc") -> None:
         self.worker = worker or FakeWorker()
-        self._transport = transport
+        self.transport = transport
         self.address = ""
         self._server: grpc.aio.Server | None = None
 
     async def start(self) -> str:
         options = (("grpc.http2.max_ping_strikes", 0), ("grpc.so_reuseport", 0))
-        if self._transport != "grpc":
-            self.worker.open_links(over_tcp=self._transport == "tcp")
+        if self.transport != "grpc":
+            self.worker.open_links(over_tcp=self.transport == "tcp")
         self._server = grpc.aio.server(options=options)
         worker_pb2_grpc.add_WorkerServicer_to_server(self.worker, self._server)
         self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"

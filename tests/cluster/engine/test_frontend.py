@@ -9,7 +9,7 @@ from manta.cluster.engine.frontend import Frontend, SlowFrontendError
 from manta.cluster.engine.request_table import RequestTable
 from manta.cluster.engine.streams import StreamTable
 from manta.protos import engine_pb2 as pb
-from tests.support.fake_deployment import run
+from tests.support.fake_deployment import request, run
 
 
 def handles(*values: int) -> np.ndarray:
@@ -33,8 +33,7 @@ def test_steps_that_were_not_taken_come_as_one_message() -> None:
         assert np.frombuffer(message.tokens, "<i4").tolist() == [10, 20, 11]
 
         table = StreamTable()
-        table.open()
-        stream = table.open()
+        _, stream = table.open([request([1], 8)] * 2)
         assert stream.handle == 2
         table.feed(message)
         chunk = await stream.next_chunk()

@@ -83,7 +83,7 @@ def test_what_no_worker_can_do_is_refused() -> None:
 def test_steps_that_were_not_taken_come_as_one_message() -> None:
     async def test() -> None:
         frontend, table = Frontend(1), StreamTable()
-        stream, other = table.open(), table.open()
+        stream, other = table.open([request([1], 8)] * 2)
         for prompt, sampled in ((b"abcd", b""), (b"efgh", b"1234"), (b"", b"5678")):
             frontend.add_logprobs(pb.Logprobs(handle=stream.handle, prompt=prompt, sampled=sampled))
             if sampled:

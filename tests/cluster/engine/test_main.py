@@ -13,6 +13,7 @@ import pytest
 
 from manta.cluster.engine.client import EngineClient
 from manta.cluster.engine.main import SchedulerServer, parse_workers
+from manta.protos import engine_pb2
 from manta.protos import worker_pb2 as pb
 from tests.support.fake_deployment import collect, fake_config, request, run
 from tests.support.fake_worker_server import VOCAB_SIZE, FakeWorker, FakeWorkerServer, fake_tokens
@@ -78,7 +79,7 @@ def test_a_failed_start_is_one_line(config_json: str) -> None:
 
 
 def test_it_ends_when_no_replica_is_left(config_json: str) -> None:
-    """The worker's process lives on, so that nobody but the scheduler can know."""
+    """The worker's process lives on, so that nobody but the scheduler can know. Who starts workers has the last word."""
 
     class Broken(FakeWorker):
         async def _step(self, plan: pb.StepPlan) -> pb.StepResult:
@@ -89,8 +90,14 @@ def test_it_ends_when_no_replica_is_left(config_json: str) -> None:
         address = await worker.start()
         async with scheduler_process(config_json, address) as process:
             client = await EngineClient.connect((await first_line(process)).split()[1])
-            _, last = await collect(client.generate(request([1, 2], 10)))
-            reason = f"no replica is left: worker rank 0 at {address}: out of memory (3 times in a row)"
+            running = asyncio.create_task(collect(client.generate(request([1, 2], 10))))
+            async with asyncio.timeout(20):
+                while (load := await client.load()).healthy:
+                    await asyncio.sleep(0.01)
+            assert load.detail == f"replica 0: worker rank 0 at {address}: out of memory (3 times in a row)"
+            await client._stub.GiveUpReplica(engine_pb2.GiveUpReplicaRequest(reason="enough"))
+            _, last = await running
+            reason = "no replica is left: enough"
             assert (last.finish_reason, last.error) == ("error", reason)
             assert await first_line(process) == f"MANTA_ERROR {reason}"
             assert await process.wait() == 1

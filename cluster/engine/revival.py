@@ -1,0 +1,112 @@
+"""Brings replicas up again: one with new workers, or all with those that a new scheduler finds."""
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Sequence
+
+from manta.cluster.engine.bringup import (
+    BringUpError,
+    Deployment,
+    agree_on_blocks,
+    capacity_of,
+    describe_ranks,
+    fit_context,
+    load_ranks,
+    start_ranks,
+)
+from manta.cluster.engine.workers import WorkerError, WorkerGroup
+from manta.configs.model import ModelSpec
+from manta.configs.schema import ServeConfig
+from manta.protos import worker_pb2 as pb
+
+logger = logging.getLogger(__name__)
+
+_FEWER_BLOCKS = 0.9  # memory that is free varies a little from one start to the next
+_START_TIMEOUT_S = 20.0  # of a worker that has nothing to load, but may be in the midst of a step
+
+
+async def replace_workers(config: ServeConfig, deployment: Deployment, replica: int, addresses: Sequence[str]) -> None:
+    """Loads the model on new workers of a replica, with as many KV blocks as it had.
+
+    Raises WorkerError as soon as one rank fails, BringUpError when the blocks do not fit.
+    """
+    group = WorkerGroup(list(addresses), deployment.groups[replica].output_rank)
+    try:
+        described = await describe_ranks(group, are_up=True)
+        loaded = await load_ranks(config, group, described, deployment.num_ranks_by_host)
+        needed = deployment.capacities[replica].num_blocks
+        offered = agree_on_blocks(config, [response.num_blocks for response in loaded])
+        if offered < _FEWER_BLOCKS * needed:
+            raise BringUpError(
+                f"{offered} KV blocks fit on the new workers of replica {replica}, which had {needed}; free memory "
+                f"there, or set --num-gpu-blocks-override"
+            )
+        await start_ranks(config, group, needed)
+    except BaseException:
+        await group.close()
+        raise
+    old, deployment.groups[replica] = deployment.groups[replica], group
+    await old.close()
+
+
+async def find_workers(config: ServeConfig, spec: ModelSpec, addresses: list[list[str]]) -> Deployment:
+    """What a scheduler has that takes another one's place: workers that hold the model already, or are new. A replica
+    that cannot go on is in `lost`.
+
+    Raises WorkerError or BringUpError when none can.
+    """
+    output_rank = (config.pipeline_parallel_size - 1) * config.tensor_parallel_size
+    groups = [WorkerGroup(replica, output_rank) for replica in addresses]
+    described = await asyncio.gather(*(describe_ranks(group, are_up=True) for group in groups), return_exceptions=True)
+    hosts = Counter(address.rpartition(":")[0] for replica in addresses for address in replica)
+    reviving = [_find(config, group, ranks, hosts) for group, ranks in zip(groups, described, strict=True)]
+    found = await asyncio.gather(*reviving, return_exceptions=True)
+    lost, loaded = {}, {}
+    for replica, outcome in enumerate(found):
+        if isinstance(outcome, WorkerError | BringUpError):
+            lost[replica] = str(outcome)
+        elif isinstance(outcome, BaseException):
+            raise outcome
+        else:
+            loaded[replica] = outcome
+    if not loaded:
+        for group in groups:
+            await group.close()
+        raise next(error for error in found if isinstance(error, WorkerError | BringUpError))
+    blocks = {
+        replica: agree_on_blocks(config, [rank.num_blocks for rank in ranks]) for replica, ranks in loaded.items()
+    }
+    max_model_len = fit_context(config, spec, min(blocks.values()))
+    responses = [rank for ranks in loaded.values() for rank in ranks]
+    first = next(ranks for ranks in described if not isinstance(ranks, BaseException))
+    return Deployment(
+        groups=groups,
+        capacities=[
+            capacity_of(config, blocks.get(i, min(blocks.values())), max_model_len) for i in range(len(groups))
+        ],
+        device=first[0].device,
+        weight_bytes=max(rank.weight_bytes for rank in responses),
+        bytes_per_block=max(rank.bytes_per_block for rank in responses),
+        num_ranks_by_host=hosts,
+        lost=lost,
+    )
+
+
+async def _find(
+    config: ServeConfig,
+    group: WorkerGroup,
+    described: "list[pb.DescribeResponse] | BaseException",
+    hosts: "Counter[str]",
+) -> list[pb.LoadResponse]:
+    if isinstance(described, BaseException):
+        raise described
+    loaded = await load_ranks(config, group, described, hosts)
+    num_blocks = agree_on_blocks(config, [rank.num_blocks for rank in loaded])
+    try:
+        async with asyncio.timeout(_START_TIMEOUT_S):
+            await start_ranks(config, group, num_blocks)
+    except TimeoutError:
+        reason = f"did not start again within {_START_TIMEOUT_S:.0f} s"
+        raise WorkerError(0, group.addresses[0], reason) from None
+    return loaded
