@@ -13,6 +13,7 @@ from manta.cluster.engine.grammars import GrammarGate
 from manta.cluster.engine.metrics import EngineCollector, ReplicaMetrics, render
 from manta.cluster.engine.publisher import Publisher
 from manta.cluster.engine.replica import Deadlines, ReplicaLoop
+from manta.cluster.engine.types import BACKGROUND
 from manta.configs.model import ModelSpec
 from manta.configs.schema import ServeConfig
 from manta.protos import engine_pb2 as pb
@@ -212,6 +213,7 @@ class Engine:
             num_waiting_tokens=self.scheduler.num_waiting_tokens,
             healthy=len(lost) < len(self._loops),
             detail="; ".join(lost) or ("draining" if self._draining else ""),
+            num_background=self.scheduler.num_of_priority(BACKGROUND),
         )
 
     def block_tables(self) -> pb.BlockTablesResponse:
