@@ -16,7 +16,7 @@ class FrontendMessage(_message.Message):
     def __init__(self, submit: _Optional[_Union[Submit, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("handle", "request_id", "prompt_tokens", "output_tokens", "max_tokens", "ignore_eos", "stop_token_ids", "sampling", "priority", "tenant", "adapter", "cache_salt", "num_sequences", "beams", "resubmitted")
+    __slots__ = ("handle", "request_id", "prompt_tokens", "output_tokens", "max_tokens", "ignore_eos", "stop_token_ids", "sampling", "priority", "tenant", "adapter", "cache_salt", "num_sequences", "beams", "pooling", "resubmitted")
     HANDLE_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -31,6 +31,7 @@ class Submit(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     NUM_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     BEAMS_FIELD_NUMBER: _ClassVar[int]
+    POOLING_FIELD_NUMBER: _ClassVar[int]
     RESUBMITTED_FIELD_NUMBER: _ClassVar[int]
     handle: int
     request_id: str
@@ -46,8 +47,9 @@ class Submit(_message.Message):
     cache_salt: bytes
     num_sequences: int
     beams: Beams
+    pooling: _sampling_pb2.Pooling
     resubmitted: bool
-    def __init__(self, handle: _Optional[int] = ..., request_id: _Optional[str] = ..., prompt_tokens: _Optional[bytes] = ..., output_tokens: _Optional[bytes] = ..., max_tokens: _Optional[int] = ..., ignore_eos: bool = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_sampling_pb2.Sampling, _Mapping]] = ..., priority: _Optional[int] = ..., tenant: _Optional[str] = ..., adapter: _Optional[str] = ..., cache_salt: _Optional[bytes] = ..., num_sequences: _Optional[int] = ..., beams: _Optional[_Union[Beams, _Mapping]] = ..., resubmitted: bool = ...) -> None: ...
+    def __init__(self, handle: _Optional[int] = ..., request_id: _Optional[str] = ..., prompt_tokens: _Optional[bytes] = ..., output_tokens: _Optional[bytes] = ..., max_tokens: _Optional[int] = ..., ignore_eos: bool = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_sampling_pb2.Sampling, _Mapping]] = ..., priority: _Optional[int] = ..., tenant: _Optional[str] = ..., adapter: _Optional[str] = ..., cache_salt: _Optional[bytes] = ..., num_sequences: _Optional[int] = ..., beams: _Optional[_Union[Beams, _Mapping]] = ..., pooling: _Optional[_Union[_sampling_pb2.Pooling, _Mapping]] = ..., resubmitted: bool = ...) -> None: ...
 
 class Beams(_message.Message):
     __slots__ = ("width", "length_penalty", "early_stopping")
@@ -112,18 +114,20 @@ class Started(_message.Message):
     def __init__(self, handle: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., queue_s: _Optional[float] = ...) -> None: ...
 
 class Finished(_message.Message):
-    __slots__ = ("handle", "reason", "stop_token", "error", "cumulative_logprob")
+    __slots__ = ("handle", "reason", "stop_token", "error", "cumulative_logprob", "vector")
     HANDLE_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     STOP_TOKEN_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     CUMULATIVE_LOGPROB_FIELD_NUMBER: _ClassVar[int]
+    VECTOR_FIELD_NUMBER: _ClassVar[int]
     handle: int
     reason: str
     stop_token: int
     error: str
     cumulative_logprob: float
-    def __init__(self, handle: _Optional[int] = ..., reason: _Optional[str] = ..., stop_token: _Optional[int] = ..., error: _Optional[str] = ..., cumulative_logprob: _Optional[float] = ...) -> None: ...
+    vector: bytes
+    def __init__(self, handle: _Optional[int] = ..., reason: _Optional[str] = ..., stop_token: _Optional[int] = ..., error: _Optional[str] = ..., cumulative_logprob: _Optional[float] = ..., vector: _Optional[bytes] = ...) -> None: ...
 
 class Refused(_message.Message):
     __slots__ = ("handle", "code", "message", "retry_after_s")
@@ -193,7 +197,7 @@ class LoadRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class LoadResponse(_message.Message):
-    __slots__ = ("num_running", "num_waiting", "num_free_blocks", "num_blocks", "kv_cache_usage", "num_waiting_tokens", "healthy", "detail", "replicas")
+    __slots__ = ("num_running", "num_waiting", "num_free_blocks", "num_blocks", "kv_cache_usage", "num_waiting_tokens", "healthy", "detail", "num_background", "replicas")
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     NUM_FREE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
@@ -202,6 +206,7 @@ class LoadResponse(_message.Message):
     NUM_WAITING_TOKENS_FIELD_NUMBER: _ClassVar[int]
     HEALTHY_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]
+    NUM_BACKGROUND_FIELD_NUMBER: _ClassVar[int]
     REPLICAS_FIELD_NUMBER: _ClassVar[int]
     num_running: int
     num_waiting: int
@@ -211,8 +216,9 @@ class LoadResponse(_message.Message):
     num_waiting_tokens: int
     healthy: bool
     detail: str
+    num_background: int
     replicas: _containers.RepeatedCompositeFieldContainer[ReplicaLoad]
-    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_blocks: _Optional[int] = ..., kv_cache_usage: _Optional[float] = ..., num_waiting_tokens: _Optional[int] = ..., healthy: bool = ..., detail: _Optional[str] = ..., replicas: _Optional[_Iterable[_Union[ReplicaLoad, _Mapping]]] = ...) -> None: ...
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_blocks: _Optional[int] = ..., kv_cache_usage: _Optional[float] = ..., num_waiting_tokens: _Optional[int] = ..., healthy: bool = ..., detail: _Optional[str] = ..., num_background: _Optional[int] = ..., replicas: _Optional[_Iterable[_Union[ReplicaLoad, _Mapping]]] = ...) -> None: ...
 
 class ReplicaLoad(_message.Message):
     __slots__ = ("state", "detail", "num_free_blocks", "num_blocks")

@@ -40,6 +40,11 @@ class InferenceStub(object):
                 request_serializer=manta_dot_protos_dot_inference__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=manta_dot_protos_dot_inference__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.Chat = channel.unary_stream(
+                '/manta.inference.v1.Inference/Chat',
+                request_serializer=manta_dot_protos_dot_inference__pb2.ChatRequest.SerializeToString,
+                response_deserializer=manta_dot_protos_dot_inference__pb2.ChatResponse.FromString,
+                _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/manta.inference.v1.Inference/Tokenize',
                 request_serializer=manta_dot_protos_dot_inference__pb2.TokenizeRequest.SerializeToString,
@@ -65,6 +70,11 @@ class InferenceStub(object):
                 request_serializer=manta_dot_protos_dot_inference__pb2.GetLoadRequest.SerializeToString,
                 response_deserializer=manta_dot_protos_dot_inference__pb2.GetLoadResponse.FromString,
                 _registered_method=True)
+        self.WatchLoad = channel.unary_stream(
+                '/manta.inference.v1.Inference/WatchLoad',
+                request_serializer=manta_dot_protos_dot_inference__pb2.WatchLoadRequest.SerializeToString,
+                response_deserializer=manta_dot_protos_dot_inference__pb2.GetLoadResponse.FromString,
+                _registered_method=True)
 
 
 class InferenceServicer(object):
@@ -72,6 +82,12 @@ class InferenceServicer(object):
     """
 
     def Generate(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Chat(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -107,6 +123,12 @@ class InferenceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WatchLoad(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InferenceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -114,6 +136,11 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=manta_dot_protos_dot_inference__pb2.GenerateRequest.FromString,
                     response_serializer=manta_dot_protos_dot_inference__pb2.GenerateResponse.SerializeToString,
+            ),
+            'Chat': grpc.unary_stream_rpc_method_handler(
+                    servicer.Chat,
+                    request_deserializer=manta_dot_protos_dot_inference__pb2.ChatRequest.FromString,
+                    response_serializer=manta_dot_protos_dot_inference__pb2.ChatResponse.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
@@ -138,6 +165,11 @@ def add_InferenceServicer_to_server(servicer, server):
             'GetLoad': grpc.unary_unary_rpc_method_handler(
                     servicer.GetLoad,
                     request_deserializer=manta_dot_protos_dot_inference__pb2.GetLoadRequest.FromString,
+                    response_serializer=manta_dot_protos_dot_inference__pb2.GetLoadResponse.SerializeToString,
+            ),
+            'WatchLoad': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchLoad,
+                    request_deserializer=manta_dot_protos_dot_inference__pb2.WatchLoadRequest.FromString,
                     response_serializer=manta_dot_protos_dot_inference__pb2.GetLoadResponse.SerializeToString,
             ),
     }
@@ -169,6 +201,33 @@ class Inference(object):
             '/manta.inference.v1.Inference/Generate',
             manta_dot_protos_dot_inference__pb2.GenerateRequest.SerializeToString,
             manta_dot_protos_dot_inference__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Chat(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/manta.inference.v1.Inference/Chat',
+            manta_dot_protos_dot_inference__pb2.ChatRequest.SerializeToString,
+            manta_dot_protos_dot_inference__pb2.ChatResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -303,6 +362,33 @@ class Inference(object):
             target,
             '/manta.inference.v1.Inference/GetLoad',
             manta_dot_protos_dot_inference__pb2.GetLoadRequest.SerializeToString,
+            manta_dot_protos_dot_inference__pb2.GetLoadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchLoad(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/manta.inference.v1.Inference/WatchLoad',
+            manta_dot_protos_dot_inference__pb2.WatchLoadRequest.SerializeToString,
             manta_dot_protos_dot_inference__pb2.GetLoadResponse.FromString,
             options,
             channel_credentials,

@@ -61,3 +61,21 @@ class Grammar(_message.Message):
     kind: Grammar.Kind
     text: str
     def __init__(self, kind: _Optional[_Union[Grammar.Kind, str]] = ..., text: _Optional[str] = ...) -> None: ...
+
+class Pooling(_message.Message):
+    __slots__ = ("kind", "num_dims", "normalizes")
+    class Kind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        LAST: _ClassVar[Pooling.Kind]
+        MEAN: _ClassVar[Pooling.Kind]
+        CLS: _ClassVar[Pooling.Kind]
+    LAST: Pooling.Kind
+    MEAN: Pooling.Kind
+    CLS: Pooling.Kind
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    NUM_DIMS_FIELD_NUMBER: _ClassVar[int]
+    NORMALIZES_FIELD_NUMBER: _ClassVar[int]
+    kind: Pooling.Kind
+    num_dims: int
+    normalizes: bool
+    def __init__(self, kind: _Optional[_Union[Pooling.Kind, str]] = ..., num_dims: _Optional[int] = ..., normalizes: bool = ...) -> None: ...

@@ -87,7 +87,7 @@ class StartResponse(_message.Message):
     def __init__(self, warmup_s: _Optional[float] = ..., last_epoch: _Optional[int] = ..., last_step: _Optional[int] = ...) -> None: ...
 
 class SeqAdd(_message.Message):
-    __slots__ = ("slot", "lane", "tokens", "num_prompt_tokens", "num_computed", "max_length", "blocks", "sampling")
+    __slots__ = ("slot", "lane", "tokens", "num_prompt_tokens", "num_computed", "max_length", "blocks", "sampling", "pooling")
     SLOT_FIELD_NUMBER: _ClassVar[int]
     LANE_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -96,6 +96,7 @@ class SeqAdd(_message.Message):
     MAX_LENGTH_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    POOLING_FIELD_NUMBER: _ClassVar[int]
     slot: int
     lane: int
     tokens: bytes
@@ -104,7 +105,8 @@ class SeqAdd(_message.Message):
     max_length: int
     blocks: bytes
     sampling: _sampling_pb2.Sampling
-    def __init__(self, slot: _Optional[int] = ..., lane: _Optional[int] = ..., tokens: _Optional[bytes] = ..., num_prompt_tokens: _Optional[int] = ..., num_computed: _Optional[int] = ..., max_length: _Optional[int] = ..., blocks: _Optional[bytes] = ..., sampling: _Optional[_Union[_sampling_pb2.Sampling, _Mapping]] = ...) -> None: ...
+    pooling: _sampling_pb2.Pooling
+    def __init__(self, slot: _Optional[int] = ..., lane: _Optional[int] = ..., tokens: _Optional[bytes] = ..., num_prompt_tokens: _Optional[int] = ..., num_computed: _Optional[int] = ..., max_length: _Optional[int] = ..., blocks: _Optional[bytes] = ..., sampling: _Optional[_Union[_sampling_pb2.Sampling, _Mapping]] = ..., pooling: _Optional[_Union[_sampling_pb2.Pooling, _Mapping]] = ...) -> None: ...
 
 class StepPlan(_message.Message):
     __slots__ = ("epoch", "step", "lane", "frees", "adds", "grow", "copies", "holds", "prefill_slots", "prefill_lengths")
@@ -131,7 +133,7 @@ class StepPlan(_message.Message):
     def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., lane: _Optional[int] = ..., frees: _Optional[bytes] = ..., adds: _Optional[_Iterable[_Union[SeqAdd, _Mapping]]] = ..., grow: _Optional[_Iterable[int]] = ..., copies: _Optional[bytes] = ..., holds: _Optional[bytes] = ..., prefill_slots: _Optional[bytes] = ..., prefill_lengths: _Optional[bytes] = ...) -> None: ...
 
 class StepResult(_message.Message):
-    __slots__ = ("epoch", "step", "tokens", "device_us", "idle_us", "queue_us", "error", "logprobs")
+    __slots__ = ("epoch", "step", "tokens", "device_us", "idle_us", "queue_us", "error", "logprobs", "vectors")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -140,6 +142,7 @@ class StepResult(_message.Message):
     QUEUE_US_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    VECTORS_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     step: int
     tokens: bytes
@@ -148,4 +151,5 @@ class StepResult(_message.Message):
     queue_us: int
     error: str
     logprobs: bytes
-    def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., tokens: _Optional[bytes] = ..., device_us: _Optional[int] = ..., idle_us: _Optional[int] = ..., queue_us: _Optional[int] = ..., error: _Optional[str] = ..., logprobs: _Optional[bytes] = ...) -> None: ...
+    vectors: bytes
+    def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., tokens: _Optional[bytes] = ..., device_us: _Optional[int] = ..., idle_us: _Optional[int] = ..., queue_us: _Optional[int] = ..., error: _Optional[str] = ..., logprobs: _Optional[bytes] = ..., vectors: _Optional[bytes] = ...) -> None: ...

@@ -30,18 +30,20 @@ def blocks_for(num_tokens: int, block_size: int) -> int:
 
 def check_fits(request: Request, capacities: Many[Capacity], enable_chunked_prefill: bool) -> None:
     """Raises RefusedError for what is no request, TooLongError for what no replica state could ever make room for."""
-    num_prompt = len(request.prompt)
+    num_prompt, pools = len(request.prompt), request.pooling is not None
     if not num_prompt:
         raise RefusedError("the prompt is empty; it needs at least 1 token")
-    if request.max_tokens < 1:
+    if request.max_tokens < 1 and not pools:
         raise RefusedError(f"max_tokens is {request.max_tokens}; it must be at least 1")
     max_model_len = min(capacity.max_model_len for capacity in capacities)
-    if num_prompt >= max_model_len:
+    if pools and num_prompt > max_model_len:
+        raise TooLongError(f"prompt has {num_prompt} tokens, the context holds {max_model_len}")
+    if num_prompt >= max_model_len and not pools:
         raise TooLongError(
             f"prompt has {num_prompt} tokens and max_tokens is {request.max_tokens}, the context holds {max_model_len}"
         )
     # The last token is sampled and never computed: it needs no block.
-    num_kv = min(num_prompt + request.max_tokens, max_model_len) - 1
+    num_kv = num_prompt if pools else min(num_prompt + request.max_tokens, max_model_len) - 1
     for capacity in capacities:
         needed = blocks_for(num_kv, capacity.block_size)
         if needed > capacity.num_blocks:
@@ -105,6 +107,9 @@ class Admission:
     def _find_computed(self, sequence: Sequence, draft: Draft) -> tuple[list[int], int]:
         """Blocks to share that hold the KV of the first tokens, and of how many of these; one at least is left."""
         replica, block_size = self._replica, self._replica.capacity.block_size
+        pooling = sequence.request.pooling
+        if pooling is not None and pooling.needs_all:  # hidden states of what is cached are nowhere
+            return [], 0
         if sequence.num_scored < sequence.num_to_score:  # records come of what is computed
             hits = replica.find_prefix(sequence)
             del hits[sequence.num_scored // block_size :]
@@ -182,4 +187,5 @@ def _seq_add(sequence: Sequence) -> SeqAdd:
         max_length=sequence.max_length,
         blocks=sequence.blocks.copy(),
         sampling=sequence.request.sampling,
+        pooling=None if sequence.request.pooling is None else sequence.request.pooling.params,
     )

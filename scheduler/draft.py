@@ -48,8 +48,9 @@ class Draft:
         first = sequence.num_published
         self.replica.publish(sequence, sequence.num_planned // self.replica.capacity.block_size)
         self.filling.update(sequence.blocks[first : sequence.num_published])
-        samples = sequence.num_planned == len(sequence.tokens)
-        self.prefills[sequence.slot] = Prefill(sequence, start, num_tokens, samples)
+        is_last = sequence.num_planned == len(sequence.tokens)
+        pools = is_last and sequence.request.pooling is not None
+        self.prefills[sequence.slot] = Prefill(sequence, start, num_tokens, is_last and not pools, pools)
 
     def commit(self) -> StepPlan:
         """The plan is final: the picture moves on to the state after it."""
@@ -67,6 +68,9 @@ class Draft:
                 else:
                     lane.drain(prefill.sequence)
                     ending[slot] = prefill.sequence
+            elif prefill.pools:
+                lane.drain(prefill.sequence)
+                ending[slot] = prefill.sequence
         replica.step += 1
         replica.in_flight.append(InFlightStep(replica.step, lane, clock, rows, self.prefills, self.filled, ending))
         replica.next_lane = (lane.index + 1) % len(replica.lanes)

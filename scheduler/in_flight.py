@@ -14,6 +14,7 @@ class Prefill:
     start: int  # tokens computed before
     num_tokens: int
     samples: bool  # it reaches the sequence's last known token
+    pools: bool = False  # it does, and the sequence gets its vector instead of a token
 
 
 @dataclass(slots=True)

@@ -99,7 +99,8 @@ def _check_table(replica: Replica, sequence: Sequence) -> None:
     name = f"request {sequence.request.id}"
     prefilling = sequence.status is Status.PREFILLING
     # The last planned token has no KV: its place is needed when it is computed.
-    num_covered = len(sequence.tokens) if prefilling else replica.planned_length(sequence) - 1
+    pools = sequence.request.pooling is not None
+    num_covered = len(sequence.tokens) if prefilling or pools else replica.planned_length(sequence) - 1
     expected = -(-num_covered // replica.capacity.block_size)
     assert len(sequence.blocks) == expected, f"{name} has {len(sequence.blocks)} blocks for {num_covered} tokens"
     num_tokens, num_computed = replica.num_tokens(sequence), replica.num_computed(sequence)

@@ -5,6 +5,7 @@ import numpy as np
 from manta.scheduler.beams import take_answers
 from manta.scheduler.in_flight import InFlightStep
 from manta.scheduler.logprobs import route_logprobs
+from manta.scheduler.pooling import vectors_by_slot
 from manta.scheduler.replica import Replica
 from manta.scheduler.sequence import Sequence, Status
 from manta.scheduler.types import Events, Finished, FinishReason, StepResult, Tokens
@@ -27,17 +28,27 @@ def apply_result(replica: Replica, result: StepResult, events: Events) -> None:
     # Who ended by a stop token at the limit has left, and with that the step's `ending`.
     if step.ending:
         ending = list(step.ending.values())
+        vectors = vectors_by_slot(step, result.vectors) if result.vectors else {}
         for sequence in ending:
-            if sequence.beam is None:
+            if sequence.request.pooling is not None:
+                finish(replica, sequence, "stop", None, events, vectors[sequence.slot])
+            elif sequence.beam is None:
                 finish(replica, sequence, "length", None, events)
         take_answers(replica, [sequence for sequence in ending if sequence.beam is not None], events)
 
 
-def finish(replica: Replica, sequence: Sequence, reason: FinishReason, stop_token: int | None, events: Events) -> None:
+def finish(
+    replica: Replica,
+    sequence: Sequence,
+    reason: FinishReason,
+    stop_token: int | None,
+    events: Events,
+    vector: bytes = b"",
+) -> None:
     """A resident sequence ends with the tokens that are confirmed."""
     replica.leave(sequence, Status.FINISHED)
     num_output_tokens = len(sequence.tokens) - len(sequence.request.prompt)
-    events.finished.append(Finished(sequence.request, reason, stop_token, num_output_tokens))
+    events.finished.append(Finished(sequence.request, reason, stop_token, num_output_tokens, vector=vector))
 
 
 def _apply_decodes(replica: Replica, step: InFlightStep, tokens: Tokens, events: Events) -> None:

@@ -9,6 +9,7 @@ from manta.scheduler.block_pool import BlockPool
 from manta.scheduler.in_flight import InFlightStep
 from manta.scheduler.lane import Lane
 from manta.scheduler.logprobs import num_record_bytes
+from manta.scheduler.pooling import num_vector_bytes
 from manta.scheduler.prefix import PrefixHasher
 from manta.scheduler.sequence import Sequence, Status
 from manta.scheduler.slots import SlotTable
@@ -130,7 +131,7 @@ class Replica:
 
     def num_computed(self, sequence: Sequence) -> int:
         """Tokens of a resident sequence whose KV is known to exist."""
-        if sequence.num_computed < len(sequence.tokens):
+        if sequence.num_computed < len(sequence.tokens) or sequence.request.pooling is not None:
             return sequence.num_computed
         return self.num_tokens(sequence) - 1
 
@@ -217,6 +218,11 @@ class Replica:
             raise WrongResultError(
                 f"replica {self.index} sent {len(result.logprobs)} bytes of log-probabilities in step {result.step}, "
                 f"the plan's rows asked for {num_record_bytes(expected, self.slots)}"
+            )
+        if (result.vectors or expected.prefills) and len(result.vectors) != num_vector_bytes(expected):
+            raise WrongResultError(
+                f"replica {self.index} sent {len(result.vectors)} bytes of vectors in step {result.step}, the plan's "
+                f"rows asked for {num_vector_bytes(expected)}"
             )
         self.in_flight.popleft()
         self.pool.confirm(result.step)

@@ -259,6 +259,10 @@ class Scheduler:
             num_waiting += sum(sequence.status is Status.WAITING for sequence in replica.followers)
         return num_waiting + sum(len(group.pending) for group in self._groups)
 
+    def num_of_priority(self, priority: int) -> int:
+        """Requests of that priority, running or waiting; beam searches are not among them."""
+        return sum(sequence.request.priority == priority for sequence in self._sequences.values())
+
     @property
     def num_waiting_tokens(self) -> int:
         return self._queue.num_tokens

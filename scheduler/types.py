@@ -13,8 +13,18 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 @dataclass(frozen=True, slots=True)
+class Pooling:
+    """The answer to a prompt is one vector of so many bytes, and no tokens. `params` are opaque, for the worker."""
+
+    num_bytes: int
+    needs_all: bool                      # what the model computes of every token counts: none is taken from the cache
+    params: Any = None
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
-    """One prompt to be continued once. `sampling` is opaque here and handed to the worker as it is."""
+    """One prompt to be continued once, or with `pooling` not at all. `sampling` is opaque here and handed to the worker
+    as it is."""
 
     id: int                              # unique among the requests the scheduler holds
     prompt: Tokens
@@ -31,6 +41,7 @@ class Request:
     name: str = ""                       # the client's request id, for people
     num_logprobs: int | None = None      # each token comes with a record of so many of the best; None: with none
     num_prompt_logprobs: int | None = None  # so do the prompt's tokens, the first one excepted
+    pooling: Pooling | None = None       # max_tokens is 0 then
 
     @property
     def asks_logprobs(self) -> bool:
@@ -64,6 +75,7 @@ class SeqAdd:
     max_length: int
     blocks: list[int]
     sampling: Any
+    pooling: Any = None                  # not None: the slot's prompt becomes a vector
 
 
 @dataclass(slots=True)  # not frozen, which would make it three times as long to build
@@ -89,6 +101,7 @@ class StepResult:
     step: int
     tokens: Tokens                       # one per sampled row, in row order
     logprobs: bytes = b""                # records of those that asked, as worker.proto has them; opaque here
+    vectors: bytes = b""                 # of the prompts that end with one, in row order
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +134,7 @@ class Finished:
     stop_token: int | None = None
     num_output_tokens: int = 0
     cumulative_logprob: float | None = None  # of the output; told of what a beam search found
+    vector: bytes = b""                  # the answer, where it was asked for
 
 
 @dataclass(slots=True)

@@ -19,7 +19,8 @@ from manta.cluster.bench.samples import Sample, fit_to_model, warm_up_samples
 from manta.cluster.cli.flags import Parser
 from manta.cluster.engine.outputs import RequestOutput
 from manta.cluster.engine.types import EngineError
-from manta.cluster.llm import LLM, Prompt
+from manta.cluster.llm import LLM
+from manta.cluster.offline_prompts import Prompt
 
 
 def throughput_parser() -> argparse.ArgumentParser:

@@ -45,23 +45,7 @@ class ChatCompletions:
         options = read_options(given)
         wanted_id = read_request_id(given, header_id)
         service.validator.check_model(given.get("model"))
-        tools = read_tools(given)
-        text, add_special_tokens = chat_prompt(service.validator.tokenizer, given, tools)
-        tells_reasoning = check_bool(given.get("include_reasoning", True), "include_reasoning")
-        plan = plan_answer(service.config, tools, tells_reasoning, text, _continued(given))
-        sampling = _sampling(given)
-        force_calls(tools, sampling)
-        ask = Ask(
-            prompt=text,
-            sampling=sampling,
-            model=given.get("model"),
-            priority=given.get("priority", 0),
-            cache_salt=given.get("cache_salt", ""),
-            add_special_tokens=add_special_tokens,
-            fills_context=True,
-            prompt_param="messages",
-            visible_tokens=plan.visible_tokens,
-        )
+        ask, plan = read_chat(service, given, _sampling(given))
         request_id = service.free_id("chatcmpl", wanted_id)
         resolved = await service.validator.resolve(ask, request_id)
         names = TokenNames(service.validator.tokenizer, options.tokens_as_ids)
@@ -81,6 +65,31 @@ class ChatCompletions:
                 resolved.prompts[0], completed[0].prompt_logprobs, names.tokenizer, given["prompt_logprobs"]
             )
         await reply.json(answer)
+
+
+def read_chat(service: Service, given: dict[str, Any], sampling: dict[str, Any]) -> tuple[Ask, AnswerPlan]:
+    """What a call of chat asks for, whichever door it comes through, and how its answers are read.
+
+    `given` are the fields of the HTTP body that are set, `sampling` those of SamplingParams, with the constraint of a
+    response_format. Raises RequestError.
+    """
+    tools = read_tools(given)
+    text, add_special_tokens = chat_prompt(service.validator.tokenizer, given, tools)
+    tells_reasoning = check_bool(given.get("include_reasoning", True), "include_reasoning")
+    plan = plan_answer(service.config, tools, tells_reasoning, text, _continued(given))
+    force_calls(tools, sampling)
+    ask = Ask(
+        prompt=text,
+        sampling=sampling,
+        model=given.get("model"),
+        priority=given.get("priority", 0),
+        cache_salt=given.get("cache_salt", ""),
+        add_special_tokens=add_special_tokens,
+        fills_context=True,
+        prompt_param="messages",
+        visible_tokens=plan.visible_tokens,
+    )
+    return ask, plan
 
 
 def chat_prompt(tokenizer: Tokenizer, given: dict[str, Any], tools: ToolRequest) -> tuple[str, bool]:

@@ -20,6 +20,7 @@ from manta.cluster.doors.openai_call import (
 from manta.cluster.doors.output import Delta
 from manta.cluster.doors.response_format import apply_response_format
 from manta.cluster.doors.service import Service
+from manta.cluster.doors.text import Tokenizer
 from manta.cluster.doors.validate import Ask, Resolved, check_bool
 from manta.cluster.engine.logprobs import Records
 
@@ -36,7 +37,7 @@ class Completions:
         echoes = check_bool(given.get("echo", False), "echo")
         ask = Ask(
             prompt=given.get("prompt"),
-            sampling=_sampling(given, echoes),
+            sampling=completion_sampling(given, echoes),
             model=given.get("model"),
             priority=given.get("priority", 0),
             cache_salt=given.get("cache_salt", ""),
@@ -46,7 +47,7 @@ class Completions:
         request_id = service.free_id("cmpl", wanted_id)
         resolved = await service.validator.resolve(ask, request_id)
         head = new_head(service, "text_completion", request_id)
-        prefixes = self._prefixes(ask, resolved) if echoes else None
+        prefixes = echoed_texts(service.validator.tokenizer, ask, resolved) if echoes else None
         names = TokenNames(service.validator.tokenizer, options.tokens_as_ids)
         form = _CompletionForm(resolved, options, prefixes, names)
         if options.stream:
@@ -56,19 +57,20 @@ class Completions:
         choices = [form.choice(index, one, given.get("prompt_logprobs")) for index, one in enumerate(completed)]
         await reply.json(head | {"choices": choices, "usage": usage.body()})
 
-    def _prefixes(self, ask: Ask, resolved: Resolved) -> list[str]:
-        """The text of each prompt, as far as it was not cut off."""
-        decode = self._service.validator.tokenizer.decode
-        return [
-            prompt
-            if isinstance(prompt, str) and "truncate_prompt_tokens" not in ask.sampling
-            else decode(token_ids, True)
-            for prompt, token_ids in zip(resolved.sources, resolved.prompts, strict=True)
-        ]
+
+def echoed_texts(tokenizer: Tokenizer, ask: Ask, resolved: Resolved) -> list[str]:
+    """The text of each prompt, as far as it was not cut off."""
+    return [
+        prompt
+        if isinstance(prompt, str) and "truncate_prompt_tokens" not in ask.sampling
+        else tokenizer.decode(token_ids, True)
+        for prompt, token_ids in zip(resolved.sources, resolved.prompts, strict=True)
+    ]
 
 
-def _sampling(given: dict[str, Any], echoes: bool) -> dict[str, Any]:
-    """An echoed prompt comes with its log-probabilities where those of the output are asked for."""
+def completion_sampling(given: dict[str, Any], echoes: bool) -> dict[str, Any]:
+    """The fields of SamplingParams that are set, unchecked. An echoed prompt comes with its log-probabilities where
+    those of the output are asked for."""
     sampling = {name: given[name] for name in fields.SAMPLING & given.keys()}
     apply_response_format(given, sampling)
     num_logprobs, num_prompt_logprobs = sampling.get("logprobs"), sampling.get("prompt_logprobs", 0)

@@ -13,6 +13,8 @@ from manta.cluster.engine.thread import EngineThread
 from manta.cluster.engine.types import EngineError, GenerationRequest, TokenChunk
 from manta.protos import engine_pb2 as pb
 
+_SUBMITTED_TOGETHER = 64
+
 
 class Job:
     """One request of a batch and what has come of it. `text` None leaves the text empty."""
@@ -84,18 +86,19 @@ class Job:
 
 
 class Batch:
-    """Keeps about `window` requests in the engine, in the order of the jobs. Those in one list are samples of a prompt,
-    or hypotheses of a search, and are submitted as one."""
+    """Keeps about `window` requests in the engine, in the order of the jobs, which are taken as there is room. Those in
+    one list are samples of a prompt, or hypotheses of a search, and are submitted as one."""
 
-    def __init__(self, engine: EngineThread, jobs: list[list[Job]], first_handle: int, window: int) -> None:
+    def __init__(self, engine: EngineThread, jobs: Iterator[list[Job]], first_handle: int, window: int) -> None:
         self._engine = engine
-        self._waiting: Iterator[list[Job]] = iter(jobs)
+        self._waiting = jobs
         self._next_handle = first_handle
         self._window = window
         self._running: dict[int, Job] = {}
 
-    def run(self, on_finished: Callable[[Job], None]) -> None:
-        """Returns when every job has ended. Raises EngineError, and aborts the others, when one fails."""
+    def run(self, on_finished: Callable[[Job], object]) -> None:
+        """Returns when every job has ended. Raises EngineError, and aborts the others, when one fails; so does whatever
+        the iterator of the jobs raises."""
         try:
             self._fill()
             while self._running:
@@ -106,10 +109,18 @@ class Batch:
             if self._running:
                 self._engine.abort(list(self._running))
 
+    @property
+    def last_handle(self) -> int:
+        """That was given to a job."""
+        return self._next_handle - 1
+
     def _fill(self) -> None:
-        submits = []
+        submits: list[pb.Submit] = []
         now = time.time()
         while len(self._running) < self._window and (jobs := next(self._waiting, None)):
+            if len(submits) >= _SUBMITTED_TOGETHER:  # the engine has work while the next ones are tokenized
+                self._engine.submit(submits)
+                submits, now = [], time.time()
             submits.append(build_submit(self._next_handle, jobs[0].request, len(jobs)))
             for job in jobs:
                 job.arrival_time = now

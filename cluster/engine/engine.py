@@ -14,6 +14,7 @@ from manta.cluster.engine.metrics import EngineCollector, ReplicaMetrics, render
 from manta.cluster.engine.publisher import Publisher
 from manta.cluster.engine.replica import Deadlines, ReplicaLoop
 from manta.cluster.engine.revival import replace_workers
+from manta.cluster.engine.types import BACKGROUND
 from manta.cluster.engine.workers import WorkerError
 from manta.configs.model import ModelSpec
 from manta.configs.schema import ServeConfig
@@ -261,6 +262,7 @@ class Engine:
             num_waiting_tokens=self.scheduler.num_waiting_tokens,
             healthy=len(lost) < len(replicas),
             detail="; ".join(lost) or ("draining" if self._draining else ""),
+            num_background=self.scheduler.num_of_priority(BACKGROUND),
             replicas=replicas,
         )
 

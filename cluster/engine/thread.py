@@ -2,7 +2,9 @@
 
 import asyncio
 import threading
+from collections.abc import Callable
 from queue import SimpleQueue
+from typing import TypeVar
 
 import uvloop
 
@@ -14,17 +16,23 @@ from manta.configs.model import ModelSpec
 from manta.configs.schema import ServeConfig
 from manta.protos import engine_pb2 as pb
 
+Deliver = Callable[[pb.EngineMessage | None], object]  # None: the engine was closed
+T = TypeVar("T")
 _STOP_TIMEOUT_S = 10.0
 
 
 class EngineThread:
     """One frontend of an engine; messages go in and come out through thread-safe calls.
 
-    The constructor returns when the workers hold the model. Raises WorkerError or BringUpError.
+    The constructor returns when the workers hold the model. Raises WorkerError or BringUpError. News goes to `deliver`,
+    which is called in the engine's thread and must not block; without it, it waits for `next_message`.
     """
 
-    def __init__(self, config: ServeConfig, spec: ModelSpec, addresses: list[list[str]]) -> None:
+    def __init__(
+        self, config: ServeConfig, spec: ModelSpec, addresses: list[list[str]], deliver: Deliver | None = None
+    ) -> None:
         self._messages: SimpleQueue[pb.EngineMessage | None] = SimpleQueue()
+        self._deliver = deliver or self._messages.put
         self._loop = uvloop.new_event_loop()
         self._engine: Engine | None = None
         self._frontend: Frontend | None = None
@@ -60,10 +68,17 @@ class EngineThread:
     def metrics_text(self) -> bytes:
         """Prometheus exposition format."""
 
-        async def read() -> bytes:
-            return self._running_engine().metrics_text()
+        return self.call(lambda engine: engine.metrics_text())
 
-        return asyncio.run_coroutine_threadsafe(read(), self._loop).result()
+    def call(self, read: Callable[[Engine], T]) -> T:
+        """What `read` returns, called in the engine's thread. Raises EngineLostError once it has been closed."""
+        if self._loop.is_closed():
+            raise EngineLostError("the engine was closed")
+
+        async def run() -> T:
+            return read(self._running_engine())
+
+        return asyncio.run_coroutine_threadsafe(run(), self._loop).result()
 
     def close(self) -> None:
         """Ends the engine and the thread. May be called twice."""
@@ -75,7 +90,7 @@ class EngineThread:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(_STOP_TIMEOUT_S)
             self._loop.close()
-            self._messages.put(None)
+            self._deliver(None)
 
     async def _start(self, config: ServeConfig, spec: ModelSpec, addresses: list[list[str]]) -> pb.InfoResponse:
         deployment = await bring_up(config, spec, addresses)
@@ -94,7 +109,7 @@ class EngineThread:
 
     async def _forward(self, frontend: Frontend) -> None:
         while (message := await frontend.take()) is not None:
-            self._messages.put(message)
+            self._deliver(message)
 
     def _submit(self, submits: list[pb.Submit]) -> None:
         assert self._frontend is not None

@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 from manta.configs.sampling import SamplingParams
 
+BACKGROUND = 2**31 - 1  # the priority of requests that only fill what all others leave
+
 
 @dataclass(frozen=True, slots=True)
 class Beams:

@@ -115,6 +115,51 @@ def test_more_requests_than_the_engine_keeps(llm: LLM) -> None:
         assert alone.outputs == together[i].outputs
 
 
+def num_finished(llm: LLM) -> int:
+    lines = llm.metrics_text().decode().splitlines()
+    return int(sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:request_success_total{")))
+
+
+def test_prompts_of_an_iterator_are_taken_as_there_is_room(llm: LLM) -> None:
+    before, num_ahead = num_finished(llm), []
+
+    def prompts() -> Iterator[Any]:
+        for i in range(150):
+            num_ahead.append(i - (num_finished(llm) - before))
+            yield [1 + i] if i % 2 else TEXTS[i % 3]
+
+    outputs = llm.generate(prompts(), params(max_tokens=3))
+    assert len(outputs) == 150
+    assert outputs[1].prompt_token_ids == [2]
+    assert outputs[2].outputs == llm.generate(TEXTS[2], params(max_tokens=3))[0].outputs
+    assert 0 < max(num_ahead) < 4 * FIELDS["max_num_seqs"]
+
+
+def test_an_iterator_that_raises_or_ends_early_harms_nothing(llm: LLM) -> None:
+    def broken() -> Iterator[Any]:
+        yield [1]
+        raise OSError("the file is gone")
+
+    with pytest.raises(OSError, match="the file is gone"):
+        llm.generate(broken(), params(max_tokens=400))
+    with pytest.raises(ValueError, match="prompt 1 has no tokens"):
+        llm.generate(iter([[1], []]), params(max_tokens=400))
+    with pytest.raises(ValueError, match="shorter"):
+        llm.generate(iter([[1], [2]]), iter([params()]))
+    outputs = llm.generate(iter([[1], [2]]), (params(max_tokens=i) for i in (2, 3)))
+    assert [len(output.outputs[0].token_ids) for output in outputs] == [2, 3]
+
+
+def test_a_wrong_prompt_of_a_list_is_found_before_any_runs(llm: LLM) -> None:
+    before = num_finished(llm)
+    for wrong, message in (([], "has no tokens"), ("", "has no tokens"), ({}, "neither"), ("é🙂" * 500, "at most 511")):
+        with pytest.raises(ValueError, match=f"prompt 60 .*{message}"):
+            llm.generate([[1]] * 60 + [wrong], params(max_tokens=1))
+    assert num_finished(llm) == before
+    (cut,) = llm.generate(["é🙂" * 500], params(max_tokens=1, truncate_prompt_tokens=-1))
+    assert len(cut.prompt_token_ids) == 511
+
+
 def test_stop_strings_and_stop_tokens(llm: LLM) -> None:
     (whole,) = llm.generate(TEXTS[0], params(max_tokens=30))
     text, ids = whole.outputs[0].text, whole.outputs[0].token_ids

@@ -2,10 +2,13 @@
 
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.support.server import DEMO_MODEL, ServerProcess
+
+TEMPLATE = Path(__file__).parent / "chat_template.jinja"
 
 
 @pytest.fixture(scope="session")
@@ -13,6 +16,7 @@ def server() -> Iterator[ServerProcess]:
     process = ServerProcess(
         str(DEMO_MODEL), "--served-model-name", "text2sql", "--dtype", "float32", "--max-num-seqs", "32",
         "--kv-cache-memory-bytes", "64MiB", "--max-num-batched-tokens", "256", "--port", "0", "--grpc-port", "0",
+        "--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--chat-template", str(TEMPLATE),
     )  # fmt: skip
     try:
         yield process.wait_ready()

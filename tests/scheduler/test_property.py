@@ -7,7 +7,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from manta.scheduler.types import Capacity, RefusedError, Request
+from manta.scheduler.types import Capacity, Pooling, RefusedError, Request
 from tests.support.deployment import VOCAB_SIZE, Deployment
 from tests.support.fake_worker import Asking
 
@@ -60,6 +60,10 @@ def adds(draw: st.DrawFn) -> Add:
         "min_tokens": draw(st.integers(0, 3)),
         "priority": draw(st.integers(0, 2)),
     }
+    kind = draw(st.sampled_from([None, None, None, "last", "mean"]))
+    if kind is not None:
+        asks_nothing = {"sampling": Asking(adapter), "num_logprobs": None, "num_prompt_logprobs": None}
+        fields |= asks_nothing | {"max_tokens": 0, "pooling": Pooling(8, kind == "mean", kind)}
     return Add(prompt, fields)
 
 

@@ -7,8 +7,16 @@ import numpy as np
 
 from manta.scheduler.beam_search import BeamParams, BeamSearch, Hypothesis, Row
 from manta.scheduler.scheduler import Scheduler
-from manta.scheduler.types import Capacity, Events, Finished, Request, Started, StepPlan
-from tests.support.fake_worker import Asking, FakeWorker, generate_alone, kv_alone, record, search_record
+from manta.scheduler.types import Capacity, Events, Finished, Pooling, Request, Started, StepPlan
+from tests.support.fake_worker import (
+    Asking,
+    FakeWorker,
+    generate_alone,
+    kv_alone,
+    record,
+    search_record,
+    vector,
+)
 
 VOCAB_SIZE = 20
 
@@ -30,6 +38,11 @@ def request(id: int, prompt: int | Sequence[int], max_tokens: int = 4, **fields:
     """`prompt` is the tokens, or how many: then they differ from every other request's."""
     tokens = np.random.default_rng(id).integers(0, VOCAB_SIZE, prompt) if isinstance(prompt, int) else prompt
     return Request(id, np.array(tokens, np.int32), max_tokens, **fields)
+
+
+def pooled(id: int, prompt: int | Sequence[int], kind: str = "mean", **fields: Any) -> Request:
+    """A prompt to be made into a vector, of "mean" or of "last"."""
+    return request(id, prompt, 0, pooling=Pooling(8, kind == "mean", kind), **fields)
 
 
 class Deployment:
@@ -135,6 +148,9 @@ class Deployment:
                 continue
             tokens, reason = self.expected(request_id)
             got = self.tokens[request_id]
+            if self.requests[request_id].pooling is not None:
+                self._check_vector(end)
+                continue
             self._check_records(self.requests[request_id], end.reason == "abort")
             assert end.num_output_tokens == len(got)
             if end.reason == "abort":
@@ -144,6 +160,13 @@ class Deployment:
                 assert end.stop_token == (tokens[-1] if reason == "stop" else None)
         for replica, each in enumerate(self.capacities):
             assert self.scheduler.num_free_blocks(replica) == each.num_blocks
+
+    def _check_vector(self, end: Finished) -> None:
+        request = end.request
+        assert request.pooling is not None
+        assert not self.tokens[request.id]
+        alone = vector(request.pooling.params, kv_alone(request.prompt, request.sampling))
+        assert (end.reason, end.vector) in ((("stop", alone)), ("abort", b""))
 
     def _check_search(self, end: Finished) -> None:
         request = end.request

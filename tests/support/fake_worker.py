@@ -5,7 +5,7 @@ wrongly, reused too early or not covered therefore changes what it says, if it i
 """
 
 from collections import Counter, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -71,6 +71,11 @@ def _digest(kv: NDArray[np.int64]) -> int:
     return int((kv * (np.arange(len(kv)) % 97 + 1)).sum() % _MODULUS)
 
 
+def vector(kind: str, kv: NDArray[np.int64]) -> bytes:
+    """What a prompt whose KV is int64 [num_tokens] becomes: of all of it, or of what is read for its last token."""
+    return np.array([kv.sum() if kind == "mean" else _digest(kv)], "<i8").tobytes()
+
+
 def kv_alone(tokens: NDArray[np.int32], sampling: Any) -> NDArray[np.int64]:
     """int64 [num_tokens]: the KV of the tokens, without pages."""
     kv: list[int] = []
@@ -103,7 +108,9 @@ class _Slot:
     blocks: list[int]
     sampling: Any
     num_prompt_tokens: int
+    pooling: str | None = None  # "mean" needs all that is computed, "last" does not
     decoding: bool = False
+    computed: list[int] = field(default_factory=list)  # KV of the tokens computed in this stay
 
 
 @dataclass(slots=True)
@@ -172,9 +179,9 @@ class FakeWorker:
         rows = [(slot, 1) for slot in decodes] + plan.prefill
         written = {destination for _, destination in plan.copies}
         touched = written.union(*(self.slots[slot].blocks for slot, _ in rows))
-        self.logprobs = b""
+        self.logprobs = self.vectors = b""
         sampled = [token for slot, count in rows if (token := self._compute(slot, count)) is not None]
-        result = StepResult(plan.epoch, plan.step, np.array(sampled, np.int32), self.logprobs)
+        result = StepResult(plan.epoch, plan.step, np.array(sampled, np.int32), self.logprobs, self.vectors)
         sources = {source for source, _ in plan.copies}
         self.unanswered.append(_Unanswered(result, {slot for slot, _ in rows}, touched, sources))
 
@@ -193,9 +200,10 @@ class FakeWorker:
         expect(0 <= add.lane < self.capacity.num_lanes, f"slot {add.slot} joins lane {add.lane}")
         num_tokens = len(add.tokens)
         expect(0 <= add.num_computed < num_tokens, f"slot {add.slot}: {add.num_computed} of {num_tokens} are computed")
-        expect(
-            num_tokens < add.max_length <= self.capacity.max_model_len, f"slot {add.slot} may grow to {add.max_length}"
-        )
+        least = num_tokens + (add.pooling is None)
+        most = num_tokens if add.pooling is not None else self.capacity.max_model_len
+        expect(least <= add.max_length <= most, f"slot {add.slot} may grow to {add.max_length}")
+        expect(add.pooling != "mean" or not add.num_computed, f"slot {add.slot} begins with tokens it needs")
         expect(0 < add.num_prompt_tokens <= num_tokens, f"slot {add.slot} has a prompt of {add.num_prompt_tokens}")
         expect(len(set(add.blocks)) == len(add.blocks), f"slot {add.slot} has a block twice")
         # Leading full blocks may be shared: all of their content is there, or an earlier row of this step writes it.
@@ -212,6 +220,7 @@ class FakeWorker:
             list(add.blocks),
             add.sampling,
             add.num_prompt_tokens,
+            add.pooling,
         )
         self.readers.update(add.blocks)
         self.new_readers.update(add.blocks[:num_shared])
@@ -271,6 +280,7 @@ class FakeWorker:
             num_others = self.readers[block] - self.new_readers[block] - 1
             expect(num_others == 0, f"slot {slot} writes to block {block}, which another slot reads")
             self.kv[block, position % block_size] = next_kv(previous, state.tokens[position], position)
+            state.computed.append(next_kv(previous, state.tokens[position], position))
         asked = state.sampling if isinstance(state.sampling, Asking) else Asking()
         for position in range(state.num_computed + 1, min(end, state.num_prompt_tokens - 1) + 1):
             self.logprobs += record(position, state.tokens[position], asked.num_prompt_logprobs)
@@ -280,6 +290,9 @@ class FakeWorker:
             return None
         kv = self.kv[state.blocks].ravel()[:end]
         expect(bool((kv != UNWRITTEN).all()), f"slot {slot} reads KV that was never written")
+        if state.pooling is not None:
+            self.vectors += vector(state.pooling, np.array(state.computed) if state.pooling == "mean" else kv)
+            return None
         token = sample(kv, self.vocab_size)
         state.tokens.append(token)
         state.decoding = True

@@ -79,7 +79,7 @@ def test_a_failed_start_is_one_line(config_json: str) -> None:
 
 
 def test_it_ends_when_no_replica_is_left(config_json: str) -> None:
-    """The worker's process lives on, so that nobody but the scheduler can know. Who starts workers has the last word."""
+    """The process of the worker lives on: only the scheduler can know. Who starts workers has the last word."""
 
     class Broken(FakeWorker):
         async def _step(self, plan: pb.StepPlan) -> pb.StepResult:
