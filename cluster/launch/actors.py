@@ -28,11 +28,12 @@ class SchedulerActor:
     def __init__(self) -> None:
         self._started = asyncio.Event()
 
-    async def start(self, config_json: str, workers: list[list[str]]) -> str:
-        """Loads the model on the workers, starts the step loops, returns the address frontends connect to."""
+    async def start(self, config_json: str, workers: list[list[str]], port: int = 0) -> str:
+        """Loads the model on the workers, starts the step loops, returns the address frontends connect to. At a `port`
+        it takes the place of another."""
         from manta.cluster.engine.main import SchedulerServer
 
-        self._server = SchedulerServer(config_json, workers, host=ray.util.get_node_ip_address())
+        self._server = SchedulerServer(config_json, workers, ray.util.get_node_ip_address(), port, takes_over=port != 0)
         address: str = await self._server.start()
         self._started.set()
         return address

@@ -2,7 +2,7 @@
 
 import os
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from manta.configs.schema import ServeConfig
 
@@ -11,12 +11,16 @@ class LaunchError(Exception):
     """A process could not be started or has died; the message is one sentence that names it and says why."""
 
 
+Role = Literal["worker", "scheduler", "frontend"]
+Part = tuple[Role, int]  # with the number of the worker's replica, or of the frontend
+
+
 @dataclass(frozen=True, slots=True)
 class Death:
     """A process that has ended by itself."""
 
     reason: str  # one sentence that names it
-    replica: int | None  # of a worker; None for the scheduler and the frontends, which nothing can replace
+    part: Part
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +41,19 @@ class Launcher(Protocol):
         """Starts the scheduler, which loads the model on the workers; returns its gRPC address."""
         ...
 
+    def replace_workers(self, config: ServeConfig, replica: int) -> list[str]:
+        """Ends what is left of a replica's workers and starts new ones, when there is room for them; returns their
+        addresses. May run in several threads, one per replica."""
+        ...
+
+    def replace_scheduler(self, config: ServeConfig, workers: list[list[str]]) -> None:
+        """Ends the scheduler if it still lives, and starts another at the same address for the workers as they are."""
+        ...
+
+    def replace_frontend(self, config: ServeConfig, index: int) -> None:
+        """Starts a frontend in the place of one that has died, with the same ports."""
+        ...
+
     def prepare_frontends(self, config: ServeConfig) -> None:
         """Starts the frontend processes, which get ready on their own while the model loads."""
         ...
@@ -46,7 +63,7 @@ class Launcher(Protocol):
         ...
 
     def deaths(self) -> list[Death]:
-        """Every process that has ended by itself so far."""
+        """Processes that have ended by themselves and have not been replaced."""
         ...
 
     def stop(self, grace_s: float) -> None:

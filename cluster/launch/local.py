@@ -1,6 +1,7 @@
 """Plain processes on this host: how a notebook, one GPU box and a machine without Ray run Manta."""
 
 import os
+import threading
 from itertools import takewhile
 from pathlib import Path
 
@@ -28,63 +29,126 @@ class LocalLauncher:
     """Owns the child processes it starts."""
 
     def __init__(self) -> None:
-        self._num_ranks = 1
-        self._workers: list[ChildProcess] = []
-        self._schedulers: list[ChildProcess] = []
+        self._workers: list[list[ChildProcess]] = []  # by replica and rank
+        self._worker_envs: list[dict[str, str]] = []  # by number: replica * ranks + rank
+        self._scheduler: ChildProcess | None = None
+        self._scheduler_address = ""
         self._frontends: list[ChildProcess] = []
+        self._doors: FrontendAddress | None = None
+        self._lock = threading.Lock()  # held while a process is started or all are ended
+        self._stopped = False
 
     def start_workers(self, config: ServeConfig) -> list[list[str]]:
-        self._num_ranks = config.num_ranks
         num_workers = config.num_ranks * config.data_parallel_size
         gpus = local_gpus() if config.device != "cpu" else []
         if config.device == "cuda" and len(gpus) < num_workers:
             raise LaunchError(f"{num_workers} GPUs are needed and this host has {len(gpus)}; lower the parallel sizes")
         use_gpus = len(gpus) >= num_workers
         cpu_env = cpu_worker_env(cores_per_worker(os.cpu_count() or 1, num_workers))
-        for rank in range(num_workers):
-            env = {"CUDA_VISIBLE_DEVICES": gpus[rank]} if use_gpus else cpu_env
-            self._workers.append(ChildProcess(f"worker {rank}", "manta.workers.main", ["--port", "0", *_parent()], env))
-        addresses = [worker.wait_for_address(_SPAWN_TIMEOUT_S) for worker in self._workers]
-        ranks = config.num_ranks
-        return [addresses[i : i + ranks] for i in range(0, num_workers, ranks)]
+        self._worker_envs = [{"CUDA_VISIBLE_DEVICES": gpus[i]} if use_gpus else cpu_env for i in range(num_workers)]
+        self._workers = [[] for _ in range(config.data_parallel_size)]
+        for replica in range(config.data_parallel_size):
+            self._start_ranks(replica, config.num_ranks)
+        return [[child.wait_for_address(_SPAWN_TIMEOUT_S) for child in replica] for replica in self._workers]
+
+    def replace_workers(self, config: ServeConfig, replica: int) -> list[str]:
+        for child in self._workers[replica]:
+            child.kill()
+        self._start_ranks(replica, config.num_ranks)
+        return [child.wait_for_address(_SPAWN_TIMEOUT_S) for child in self._workers[replica]]
+
+    def _start_ranks(self, replica: int, num_ranks: int) -> None:
+        with self._lock:
+            self._check_not_stopped()
+            self._workers[replica] = [
+                ChildProcess(
+                    f"worker {number}",
+                    "manta.workers.main",
+                    ["--port", "0", *_parent()],
+                    self._worker_envs[number],
+                )
+                for number in range(replica * num_ranks, (replica + 1) * num_ranks)
+            ]
 
     def start_scheduler(self, config: ServeConfig, workers: list[list[str]]) -> str:
+        self._start_scheduler(config, workers, [])
+        return self._scheduler_address
+
+    def replace_scheduler(self, config: ServeConfig, workers: list[list[str]]) -> None:
+        if self._scheduler is not None:
+            self._scheduler.kill()
+        port = self._scheduler_address.rpartition(":")[2]
+        self._start_scheduler(config, workers, ["--port", port, "--takes-over"])
+
+    def _start_scheduler(self, config: ServeConfig, workers: list[list[str]], more: list[str]) -> None:
         addresses = ";".join(",".join(replica) for replica in workers)
-        args = ["--config-json", config.model_dump_json(), "--workers", addresses, *_parent()]
-        child = ChildProcess("scheduler", "manta.cluster.engine.main", args)
-        self._schedulers.append(child)
-        return child.wait_for_address(_LOAD_TIMEOUT_S)
+        args = ["--config-json", config.model_dump_json(), "--workers", addresses, *more, *_parent()]
+        with self._lock:
+            self._check_not_stopped()
+            child = self._scheduler = ChildProcess("scheduler", "manta.cluster.engine.main", args)
+        self._scheduler_address = child.wait_for_address(_LOAD_TIMEOUT_S)
 
     def prepare_frontends(self, config: ServeConfig) -> None:
-        args = ["--config-json", config.model_dump_json(), *_parent()]
-        env = {HASHES_VARIABLE: ",".join(config.api_key)}  # the words of a command can be read by all users of a host
-        for index in range(config.api_server_count):
-            self._frontends.append(ChildProcess(f"frontend {index}", "manta.cluster.doors.main", args, env))
+        with self._lock:
+            self._frontends = [_frontend(config, index) for index in range(config.api_server_count)]
 
     def open_frontends(self, config: ServeConfig, scheduler: str) -> FrontendAddress:
         address = FrontendAddress(config.port, config.grpc_port)
         for child in self._frontends:
-            child.tell(f"{scheduler} {address.http_port} {address.grpc_port}")
-            http, grpc = child.wait_for_address(_SPAWN_TIMEOUT_S).split()
-            address = FrontendAddress(int(http.rsplit(":", 1)[1]), int(grpc.rsplit(":", 1)[1]))
+            address = self._open(child, scheduler, address)
+        self._doors = address
         return address
 
+    def replace_frontend(self, config: ServeConfig, index: int) -> None:
+        assert self._doors is not None, "frontends have been opened"
+        self._frontends[index].kill()
+        with self._lock:
+            self._check_not_stopped()
+            child = self._frontends[index] = _frontend(config, index)
+        self._open(child, self._scheduler_address, self._doors)
+
+    def _open(self, child: ChildProcess, scheduler: str, address: FrontendAddress) -> FrontendAddress:
+        child.tell(f"{scheduler} {address.http_port} {address.grpc_port}")
+        http, grpc = child.wait_for_address(_SPAWN_TIMEOUT_S).split()
+        return FrontendAddress(int(http.rsplit(":", 1)[1]), int(grpc.rsplit(":", 1)[1]))
+
     def deaths(self) -> list[Death]:
-        replicas = {worker: index // self._num_ranks for index, worker in enumerate(self._workers)}
-        children = [*self._workers, *self._schedulers, *self._frontends]
-        return [Death(why, replicas.get(child)) for child in children if (why := child.ended())]
+        deaths = [
+            Death(why, ("worker", replica))
+            for replica, children in enumerate(self._workers)
+            for child in children
+            if (why := child.ended())
+        ]
+        if self._scheduler is not None and (why := self._scheduler.ended()):
+            deaths.append(Death(why, ("scheduler", 0)))
+        return deaths + [
+            Death(why, ("frontend", index)) for index, child in enumerate(self._frontends) if (why := child.ended())
+        ]
 
     def stop(self, grace_s: float) -> None:
+        with self._lock:  # from now on nothing is started
+            self._stopped = True
+        scheduler = [] if self._scheduler is None else [self._scheduler]
         for children, patience_s in (
             (self._frontends, grace_s + _END_TIMEOUT_S),
-            (self._schedulers, _END_TIMEOUT_S),
-            (self._workers, _END_TIMEOUT_S),
+            (scheduler, _END_TIMEOUT_S),
+            ([child for replica in self._workers for child in replica], _END_TIMEOUT_S),
         ):
             for child in children:
                 child.terminate()
             for child in children:
                 child.join(patience_s)
-            children.clear()
+        self._frontends, self._scheduler, self._workers = [], None, []
+
+    def _check_not_stopped(self) -> None:
+        if self._stopped:
+            raise LaunchError("the deployment is being taken down")
+
+
+def _frontend(config: ServeConfig, index: int) -> ChildProcess:
+    args = ["--config-json", config.model_dump_json(), *_parent()]
+    env = {HASHES_VARIABLE: ",".join(config.api_key)}  # the words of a command can be read by all users of a host
+    return ChildProcess(f"frontend {index}", "manta.cluster.doors.main", args, env)
 
 
 def _parent() -> list[str]:

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import socket
+import threading
 from typing import Any
 
 import ray
@@ -15,6 +16,7 @@ from manta.cluster.launch.launcher import (
     Death,
     FrontendAddress,
     LaunchError,
+    Part,
     cores_per_worker,
     cpu_worker_env,
     ray_address,
@@ -24,6 +26,7 @@ from manta.configs.schema import ServeConfig
 _CONNECT_TIMEOUT_S = 5.0
 _ACTOR_TIMEOUT_S = 120.0
 _LOAD_TIMEOUT_S = 3600.0
+_NEW_NODE_TIMEOUT_S = 1800.0
 _END_TIMEOUT_S = 5.0
 
 # A restarted actor would be empty and answer wrongly; bringing up a new one is the launcher's business.
@@ -67,50 +70,88 @@ class RayLauncher:
     """Owns the actors and placement groups it creates. Ray must be connected."""
 
     def __init__(self) -> None:
-        self._groups: list[PlacementGroup] = []
-        self._workers: list[Any] = []
+        self._needs: tuple[dict[str, float], dict[str, str]] = ({}, {})  # resources and environment of a worker
+        self._groups: list[PlacementGroup | None] = []  # by replica
+        self._workers: list[list[Any]] = []  # by replica and rank
         self._scheduler: Any = None
+        self._scheduler_address = ""
         self._frontends: list[Any] = []
         self._prepared: list[Any] = []
-        self._lifelines: dict[Any, tuple[str, int | None]] = {}  # never-ending call of an actor -> its name, replica
+        self._doors: FrontendAddress | None = None
+        self._lifelines: dict[Any, tuple[Part, str]] = {}  # never-ending call of an actor -> its part, its name
+        self._lock = threading.Lock()  # held while actors are made or all are ended
+        self._stopped = False
 
     def start_workers(self, config: ServeConfig) -> list[list[str]]:
-        bundle, env = _worker_needs(config)
-        ranks = config.num_ranks
-        for _ in range(config.data_parallel_size):
-            group = placement_group([bundle] * ranks, strategy="PACK")
-            self._groups.append(group)
-            if not group.wait(timeout_seconds=_ACTOR_TIMEOUT_S):
-                raise LaunchError(
-                    f"Ray found no room for {ranks} workers with {bundle} each; add nodes or lower the sizes"
-                )
+        self._needs = _worker_needs(config)
+        self._groups = [None] * config.data_parallel_size
+        self._workers = [[] for _ in self._groups]
+        for replica in range(config.data_parallel_size):
+            self._place(config, replica, _ACTOR_TIMEOUT_S)
+        calls = [[worker.start.remote() for worker in replica] for replica in self._workers]
+        return [_get(replica, _ACTOR_TIMEOUT_S, "the workers") for replica in calls]
+
+    def replace_workers(self, config: ServeConfig, replica: int) -> list[str]:
+        """In a placement group of its own, as the node of the old one may be gone. One that is pending makes Ray's
+        autoscaler add nodes, so it is waited for."""
+        self._forget(("worker", replica), self._workers[replica])
+        with self._lock:
+            group, self._groups[replica], self._workers[replica] = self._groups[replica], None, []
+        if group is not None:
+            ray.util.remove_placement_group(group)
+        self._place(config, replica, _NEW_NODE_TIMEOUT_S)
+        calls = [worker.start.remote() for worker in self._workers[replica]]
+        addresses: list[str] = _get(calls, _ACTOR_TIMEOUT_S, f"the workers of replica {replica}")
+        return addresses
+
+    def _place(self, config: ServeConfig, replica: int, timeout_s: float) -> None:
+        """Makes the actors of a replica's ranks."""
+        (bundle, env), ranks = self._needs, config.num_ranks
+        with self._lock:
+            self._check_not_stopped()
+            group = self._groups[replica] = placement_group([bundle] * ranks, strategy="PACK")
+        if not group.wait(timeout_seconds=timeout_s):
+            raise LaunchError(f"Ray found no room for {ranks} workers with {bundle} each; add nodes or lower the sizes")
+        with self._lock:
+            self._check_not_stopped()
             for rank in range(ranks):
-                self._workers.append(
-                    _WORKER.options(
-                        num_cpus=bundle["CPU"],
-                        num_gpus=bundle.get("GPU", 0),
-                        scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank),
-                        runtime_env={"env_vars": env},
-                    ).remote()
-                )
-        for number, worker in enumerate(self._workers):
-            self._lifelines[worker.stay.remote()] = (f"worker {number}", number // ranks)
-        addresses = _get([worker.start.remote() for worker in self._workers], _ACTOR_TIMEOUT_S, "the workers")
-        return [addresses[i : i + ranks] for i in range(0, len(addresses), ranks)]
+                worker = _WORKER.options(
+                    num_cpus=bundle["CPU"],
+                    num_gpus=bundle.get("GPU", 0),
+                    scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank),
+                    runtime_env={"env_vars": env},
+                ).remote()
+                self._workers[replica].append(worker)
+                self._watch(worker, ("worker", replica), f"worker {replica * ranks + rank}")
 
     def start_scheduler(self, config: ServeConfig, workers: list[list[str]]) -> str:
-        self._scheduler = _SCHEDULER.options(num_cpus=0, scheduling_strategy=_here()).remote()
-        self._lifelines[self._scheduler.stay.remote()] = ("the scheduler", None)
-        call = self._scheduler.start.remote(config.model_dump_json(), workers)
-        address: str = _get(call, _LOAD_TIMEOUT_S, "the scheduler")
-        return address
+        self._start_scheduler(config, workers, 0)
+        return self._scheduler_address
+
+    def replace_scheduler(self, config: ServeConfig, workers: list[list[str]]) -> None:
+        self._forget(("scheduler", 0), [self._scheduler])
+        self._start_scheduler(config, workers, int(self._scheduler_address.rpartition(":")[2]))
+
+    def _start_scheduler(self, config: ServeConfig, workers: list[list[str]], port: int) -> None:
+        """At `port` it takes another one's place."""
+        with self._lock:
+            self._check_not_stopped()
+            actor = self._scheduler = _SCHEDULER.options(num_cpus=0, scheduling_strategy=_here()).remote()
+            self._watch(actor, ("scheduler", 0), "the scheduler")
+        call = actor.start.remote(config.model_dump_json(), workers, port)
+        self._scheduler_address = _get(call, _LOAD_TIMEOUT_S, "the scheduler")
 
     def prepare_frontends(self, config: ServeConfig) -> None:
         for index in range(config.api_server_count):
-            actor = _FRONTEND.options(num_cpus=0, scheduling_strategy=_here()).remote()
-            self._frontends.append(actor)
-            self._lifelines[actor.stay.remote()] = (f"frontend {index}", None)
-            self._prepared.append(actor.prepare.remote(config.model_dump_json(), list(config.api_key)))
+            self._frontends.append(None)
+            self._prepared.append(self._make_frontend(config, index))
+
+    def _make_frontend(self, config: ServeConfig, index: int) -> Any:
+        with self._lock:
+            self._check_not_stopped()
+            actor = self._frontends[index] = _FRONTEND.options(num_cpus=0, scheduling_strategy=_here()).remote()
+            self._watch(actor, ("frontend", index), f"frontend {index}")
+        return actor.prepare.remote(config.model_dump_json(), list(config.api_key))
 
     def open_frontends(self, config: ServeConfig, scheduler: str) -> FrontendAddress:
         _get(self._prepared, _ACTOR_TIMEOUT_S, "the frontends")
@@ -118,35 +159,68 @@ class RayLauncher:
         for actor in self._frontends:
             call = actor.start.remote(scheduler, address.http_port, address.grpc_port)
             address = FrontendAddress(*_get(call, _ACTOR_TIMEOUT_S, "a frontend"))
+        self._doors = address
         return address
 
-    def deaths(self) -> list[Death]:
-        ended, _ = ray.wait(list(self._lifelines), num_returns=len(self._lifelines), timeout=0)
-        return [self._death(call) for call in ended]
+    def replace_frontend(self, config: ServeConfig, index: int) -> None:
+        assert self._doors is not None, "frontends have been opened"
+        self._forget(("frontend", index), [self._frontends[index]])
+        _get(self._make_frontend(config, index), _ACTOR_TIMEOUT_S, f"frontend {index}")
+        ports = self._doors.http_port, self._doors.grpc_port
+        _get(
+            self._frontends[index].start.remote(self._scheduler_address, *ports), _ACTOR_TIMEOUT_S, f"frontend {index}"
+        )
 
-    def _death(self, call: Any) -> Death:
-        name, replica = self._lifelines[call]
-        try:
-            ray.get(call, timeout=1)
-        except RayTaskError as error:  # of an actor that lives and says itself what is wrong
-            return Death(_first_line(error.cause), replica)
-        except RayError as error:
-            return Death(f"{name} has died: {_first_line(error)}", replica)
-        return Death(f"{name} has ended", replica)
+    def deaths(self) -> list[Death]:
+        with self._lock:
+            lifelines = dict(self._lifelines)
+        if not lifelines:
+            return []
+        ended, _ = ray.wait(list(lifelines), num_returns=len(lifelines), timeout=0)
+        return [_death(call, *lifelines[call]) for call in ended]
+
+    def _watch(self, actor: Any, part: Part, name: str) -> None:
+        """`_lock` is held."""
+        self._lifelines[actor.stay.remote()] = (part, name)
+
+    def _forget(self, part: Part, actors: list[Any]) -> None:
+        """Ends what is to be replaced; its death is no news."""
+        with self._lock:
+            self._lifelines = {call: each for call, each in self._lifelines.items() if each[0] != part}
+        for actor in actors:
+            ray.kill(actor)
 
     def stop(self, grace_s: float) -> None:
-        self._lifelines.clear()
+        with self._lock:  # from now on nothing is made
+            self._stopped = True
+            self._lifelines.clear()
         with contextlib.suppress(RayError):
             ray.get([frontend.stop.remote(grace_s) for frontend in self._frontends], timeout=grace_s + _END_TIMEOUT_S)
         if self._scheduler is not None:
             with contextlib.suppress(RayError):
                 ray.get(self._scheduler.stop.remote(), timeout=_END_TIMEOUT_S)
         scheduler = [] if self._scheduler is None else [self._scheduler]
-        for actor in [*self._frontends, *scheduler, *self._workers]:
+        workers = [worker for replica in self._workers for worker in replica]
+        for actor in [*self._frontends, *scheduler, *workers]:
             ray.kill(actor)
         for group in self._groups:
-            ray.util.remove_placement_group(group)
+            if group is not None:
+                ray.util.remove_placement_group(group)
         self._frontends, self._scheduler, self._workers, self._groups = [], None, [], []
+
+    def _check_not_stopped(self) -> None:
+        if self._stopped:
+            raise LaunchError("the deployment is being taken down")
+
+
+def _death(call: Any, part: Part, name: str) -> Death:
+    try:
+        ray.get(call, timeout=1)
+    except RayTaskError as error:  # of an actor that lives and says itself what is wrong
+        return Death(_first_line(error.cause), part)
+    except RayError as error:
+        return Death(f"{name} has died: {_first_line(error)}", part)
+    return Death(f"{name} has ended", part)
 
 
 def has_gpus() -> bool:

@@ -70,14 +70,18 @@ class ChildProcess:
         if self._process.poll() is None:
             self._process.terminate()
 
+    def kill(self) -> None:
+        """Ends the child and its session now."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait(timeout=10)
+
     def join(self, timeout_s: float) -> None:
         """Waits for the end; kills the child and its session when it takes longer."""
         try:
             self._process.wait(timeout=timeout_s)
         except subprocess.TimeoutExpired:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait(timeout=10)
+            self.kill()
 
     def _read(self) -> None:
         assert self._process.stdout is not None

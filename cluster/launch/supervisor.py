@@ -9,6 +9,7 @@ from types import FrameType
 import grpc
 
 from manta.cluster.doors.startup import check_doors
+from manta.cluster.launch.keeper import Keeper
 from manta.cluster.launch.launcher import FrontendAddress, Launcher, ray_address
 from manta.cluster.launch.local import LocalLauncher, local_gpus
 from manta.cluster.launch.ready import ready_block
@@ -31,6 +32,8 @@ class Supervisor:
         self._config = with_absolute_paths(config)
         self._stop = threading.Event()
         self._is_up = False
+        self._workers: list[list[str]] = []  # addresses by replica and rank
+        self._keeper: Keeper | None = None
         self._phases: dict[str, float] = {}
         self._started_s = time.perf_counter()
 
@@ -43,7 +46,7 @@ class Supervisor:
             scheduler, address = self._bring_up(launcher)
             self._is_up = True
             print(ready_block(self._config, self._info(scheduler), address, self._phases), flush=True)
-            why = self._watch(launcher)
+            why = self._watch(launcher, scheduler)
             if why:
                 print(f"manta: error: {why}", file=sys.stderr, flush=True)
                 return 1
@@ -58,6 +61,8 @@ class Supervisor:
             self._ignore_signals()
             if launcher is not None:
                 launcher.stop(0.0)
+            if self._keeper is not None:
+                self._keeper.close()
             self._disconnect()
 
     def _connect(self) -> Launcher:
@@ -81,7 +86,7 @@ class Supervisor:
 
     def _bring_up(self, launcher: Launcher) -> tuple[str, FrontendAddress]:
         with self._timed("processes"):
-            workers = launcher.start_workers(self._config)
+            workers = self._workers = launcher.start_workers(self._config)
             launcher.prepare_frontends(self._config)
         with self._timed("model"):
             scheduler = launcher.start_scheduler(self._config, workers)
@@ -96,16 +101,12 @@ class Supervisor:
             info: engine_pb2.InfoResponse = stub.GetInfo(engine_pb2.InfoRequest(), timeout=_INFO_TIMEOUT_S)
             return info
 
-    def _watch(self, launcher: Launcher) -> str | None:
-        """Returns None when told to stop, or why the deployment cannot go on. A replica may die while others live."""
-        lost: set[int] = set()
+    def _watch(self, launcher: Launcher, scheduler: str) -> str | None:
+        """Returns None when told to stop, or why the deployment cannot go on."""
+        keeper = self._keeper = Keeper(self._config, launcher, scheduler, self._workers)
         while not self._stop.wait(_WATCH_INTERVAL_S):
-            for death in launcher.deaths():
-                if death.replica is None or len(lost | {death.replica}) == self._config.data_parallel_size:
-                    return death.reason
-                if death.replica not in lost:
-                    lost.add(death.replica)
-                    print(f"manta: warning: {death.reason}; the other replicas go on", file=sys.stderr, flush=True)
+            if why := keeper.look():
+                return why
         return None
 
     def _timed(self, phase: str) -> "_Timed":

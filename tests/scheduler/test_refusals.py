@@ -60,11 +60,12 @@ def test_a_queue_full_of_tokens() -> None:
     assert (scheduler.num_waiting, scheduler.num_waiting_tokens) == (1, 12)
 
 
-def test_what_was_begun_elsewhere_is_taken_by_a_full_queue() -> None:
+def test_what_was_taken_elsewhere_is_taken_by_a_full_queue() -> None:
     scheduler = Scheduler([capacity()], max_num_queued_reqs=1)
     scheduler.add(request(0, 4))
-    scheduler.add(request(1, 4, output=np.array([3], np.int32)))
-    assert scheduler.num_waiting == 2
+    scheduler.add(request(1, 4, output=np.array([3], np.int32)), resubmitted=True)
+    scheduler.add(request(2, 4), resubmitted=True)
+    assert scheduler.num_waiting == 3
 
 
 @pytest.mark.parametrize(("num_prompt", "max_tokens"), [(0, 4), (4, 0), (4, -1)])

@@ -254,11 +254,20 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         def serve(plans: Iterator[pb.StepPlan]) -> Iterator[pb.StepResult]:
             queue: SimpleQueue[_Waiting | None] = SimpleQueue()
             Thread(target=read, args=(plans, queue), daemon=True).start()
-            with contextlib.suppress(CancelledError):  # the test is over
-                while (waiting := queue.get()) is not None:
-                    result = asyncio.run_coroutine_threadsafe(self._answer(waiting), loop).result()
+
+            def answers() -> Iterator[pb.StepResult]:
+                with contextlib.suppress(CancelledError):  # the test is over
+                    while (waiting := queue.get()) is not None:
+                        yield asyncio.run_coroutine_threadsafe(self._answer(waiting), loop).result()
+
+            results = answers()
+            try:
+                for result in results:
                     if result.error or self._is_output():
                         yield result
+            finally:  # whoever does not listen any more: what has come is done
+                for _ in results:
+                    pass
 
         self.links = LinkServer("127.0.0.1", serve)
         if over_tcp:

@@ -244,6 +244,23 @@ def status(error: pytest.ExceptionInfo[grpc.RpcError]) -> tuple[grpc.StatusCode,
     return error.value.code(), error.value.details()
 
 
+def test_another_scheduler_takes_over(worker: WorkerClient, checkpoint: Path, expected: list[list[int]]) -> None:
+    """It loads and starts as the first did, finds the worker ready, and begins with the first epoch. What the first one
+    still sends counts no more."""
+    late, epoch = worker.run(), next(EPOCHS)
+    late.step(step_plan(1, epoch=epoch))
+    loaded = worker.load(tiny_config(checkpoint))
+    assert loaded.num_blocks == 100
+    started = worker.start()
+    assert (started.last_epoch, started.last_step) == (epoch, 1)
+    driver, stream = Driver(block_size=8, epoch=1), worker.run()
+    driver.add(0, prompts()[0], NUM_NEW)
+    driver.take(stream.step(driver.plan([(0, 1)])))
+    assert "of a scheduler that another has replaced" in late.step(step_plan(2, epoch=epoch)).error
+    run_to_the_end(driver, stream)
+    assert driver.output(0) == expected[0]
+
+
 def test_calls_out_of_order(fresh: WorkerClient, checkpoint: Path) -> None:
     with pytest.raises(grpc.RpcError) as error:
         fresh.start()
@@ -255,11 +272,11 @@ def test_calls_out_of_order(fresh: WorkerClient, checkpoint: Path) -> None:
     assert loaded.num_blocks == 100
     assert loaded.bytes_per_block == 2 * 3 * 2 * 16 * 16 * 4  # pages of 8 tokens and dims are padded to 16
     with pytest.raises(grpc.RpcError) as error:
-        fresh.load(tiny_config(checkpoint))
+        fresh.load(tiny_config(checkpoint, max_num_seqs=3))
     assert "Load came a second time" in status(error)[1]
     fresh.start()
     with pytest.raises(grpc.RpcError) as error:
-        fresh.start()
+        fresh.start(num_blocks=50)
     assert status(error)[0] is grpc.StatusCode.FAILED_PRECONDITION
 
 

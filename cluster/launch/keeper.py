@@ -1,0 +1,192 @@
+"""Keeps a deployment whole: what has died is started again, until it dies too often."""
+
+import logging
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+import grpc
+
+from manta.cluster.launch.launcher import Launcher, LaunchError, Part
+from manta.configs.schema import ServeConfig
+from manta.protos import engine_pb2 as pb
+from manta.protos import engine_pb2_grpc
+
+logger = logging.getLogger(__name__)
+
+MAX_FAILURES, WITHIN_S = 3, 60.0  # so many within this time, or starts in a row that fail, and a part is given up
+_CALL_TIMEOUT_S = 2.0
+_NUM_SILENT = 5  # calls that the scheduler may leave unanswered: it never blocks, but its host may be loaded
+_LOAD_TIMEOUT_S = 3600.0
+_RETRY_S = 1.0
+_JOIN_TIMEOUT_S = 10.0
+
+_SCHEDULER: Part = ("scheduler", 0)
+
+
+class Keeper:
+    """`look` is called a few times a second by one thread; each repair has a thread of its own."""
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        launcher: Launcher,
+        scheduler: str,
+        workers: list[list[str]],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """scheduler: "host:port"; workers: addresses by replica and rank."""
+        self._config = config
+        self._launcher = launcher
+        self._workers = workers
+        self._clock = clock
+        self._channel = grpc.insecure_channel(scheduler)
+        self._engine = engine_pb2_grpc.EngineStub(self._channel)
+        self._num_silent = 0
+        self._changed = threading.Condition()  # guards what follows
+        self._repairs: dict[Part, threading.Thread] = {}
+        self._spawning: set[int] = set()  # replicas whose workers have no addresses yet
+        self._failed_s: dict[Part, deque[float]] = {}
+        self._given_up: dict[Part, str] = {}
+        self._closed = False
+
+    def look(self) -> str | None:
+        """Starts what is to be started again; returns why the deployment cannot go on, if so."""
+        for part, reason in self._broken().items():
+            with self._changed:
+                if part not in self._repairs and part not in self._given_up:
+                    self._begin(part, reason)
+        with self._changed:
+            return self._why_over()
+
+    def close(self) -> None:
+        """Begins no more repairs and waits for those under way, which the launcher's `stop` ends."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+            threads = list(self._repairs.values())
+        self._channel.close()
+        for thread in threads:
+            thread.join(_JOIN_TIMEOUT_S)
+
+    def _broken(self) -> dict[Part, str]:
+        """What does not serve, and why: processes that ended, and what only the scheduler, or its silence, tells of."""
+        broken = {death.part: death.reason for death in reversed(self._launcher.deaths())}
+        if _SCHEDULER in broken or _SCHEDULER in self._repairs:
+            self._num_silent = 0
+            return broken
+        load = self._load()
+        self._num_silent = 0 if load is not None else self._num_silent + 1
+        if self._num_silent >= _NUM_SILENT:
+            broken[_SCHEDULER] = f"the scheduler has not answered {_NUM_SILENT} calls of {_CALL_TIMEOUT_S:g} s"
+        for replica, each in enumerate(load.replicas if load is not None else ()):
+            if each.state == pb.ReplicaLoad.LOST:
+                broken.setdefault(("worker", replica), each.detail)
+        return broken
+
+    def _begin(self, part: Part, reason: str) -> None:
+        """`_changed` is held."""
+        if self._closed:
+            return
+        times = self._failed_s.setdefault(part, deque(maxlen=MAX_FAILURES))
+        times.append(self._clock())
+        if len(times) == MAX_FAILURES and times[-1] - times[0] <= WITHIN_S:
+            self._give_up(part, f"{reason} ({MAX_FAILURES} times within {WITHIN_S:.0f} s)")
+            return
+        _tell(f"{reason}; {_name(part)} is started again")
+        if part[0] == "worker":
+            self._spawning.add(part[1])
+        thread = threading.Thread(target=self._repair, args=(part, self._clock()), name="repair", daemon=True)
+        self._repairs[part] = thread
+        thread.start()
+
+    def _repair(self, part: Part, began_s: float) -> None:
+        """Until the part serves, or has failed too often."""
+        for attempt in range(1, MAX_FAILURES + 1):
+            try:
+                self._start_again(part)
+                _tell(f"{_name(part)} serves again after {self._clock() - began_s:.1f} s")
+                break
+            except (LaunchError, grpc.RpcError) as error:
+                reason = error.details() if isinstance(error, grpc.Call) else str(error)
+            except Exception as error:  # a bug must not leave the part neither served nor given up
+                logger.exception("starting %s again failed", _name(part))
+                reason = repr(error)
+            with self._changed:
+                if self._closed:
+                    return
+                if attempt == MAX_FAILURES:
+                    self._give_up(part, str(reason))
+                else:
+                    _tell(f"{_name(part)} could not be started again: {reason}")
+                    self._changed.wait_for(lambda: self._closed, _RETRY_S)
+        with self._changed:
+            del self._repairs[part]
+            self._spawning.discard(part[1] if part[0] == "worker" else -1)
+            self._changed.notify_all()
+
+    def _start_again(self, part: Part) -> None:
+        role, index = part
+        if role == "worker":
+            self._replace_workers(index)
+        elif role == "scheduler":
+            self._wait_until(lambda: not self._spawning)  # it looks for workers once, as it starts
+            self._launcher.replace_scheduler(self._config, self._workers)
+        else:
+            self._wait_until(lambda: _SCHEDULER not in self._repairs)
+            self._launcher.replace_frontend(self._config, index)
+
+    def _replace_workers(self, replica: int) -> None:
+        self._workers[replica] = self._launcher.replace_workers(self._config, replica)
+        with self._changed:
+            self._spawning.discard(replica)
+            self._changed.notify_all()
+        self._wait_until(lambda: _SCHEDULER not in self._repairs)
+        request = pb.ReplaceWorkersRequest(replica=replica, workers=self._workers[replica])
+        self._engine.ReplaceWorkers(request, timeout=_LOAD_TIMEOUT_S, wait_for_ready=True)
+
+    def _wait_until(self, condition: Callable[[], bool]) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or condition())
+
+    def _give_up(self, part: Part, reason: str) -> None:
+        """`_changed` is held. Requests that wait for a replica hear that none will come."""
+        self._given_up[part] = reason
+        _tell(f"{_name(part)} is given up: {reason}")
+        if part[0] == "worker":
+            request = pb.GiveUpReplicaRequest(replica=part[1], reason=reason)
+            try:
+                self._engine.GiveUpReplica(request, timeout=_CALL_TIMEOUT_S)
+            except grpc.RpcError as error:
+                logger.warning("the scheduler did not hear that replica %d is given up: %s", part[1], error)
+
+    def _why_over(self) -> str | None:
+        """`_changed` is held."""
+        if _SCHEDULER in self._given_up:
+            return self._given_up[_SCHEDULER]
+        for role, number in (
+            ("worker", self._config.data_parallel_size),
+            ("frontend", self._config.api_server_count),
+        ):
+            given_up = [reason for part, reason in self._given_up.items() if part[0] == role]
+            if len(given_up) == number:
+                return given_up[-1]
+        return None
+
+    def _load(self) -> pb.LoadResponse | None:
+        try:
+            load: pb.LoadResponse = self._engine.GetLoad(pb.LoadRequest(), timeout=_CALL_TIMEOUT_S)
+        except grpc.RpcError:
+            return None
+        return load
+
+
+def _name(part: Part) -> str:
+    role, index = part
+    return {"worker": f"replica {index}", "scheduler": "the scheduler"}.get(role, f"frontend {index}")
+
+
+def _tell(message: str) -> None:
+    print(f"manta: {message}", file=sys.stderr, flush=True)
