@@ -156,7 +156,9 @@ def frame(data: bytes) -> bytes:
     return len(data).to_bytes(LENGTH_BYTES, "little") + data
 
 
-async def connect(address: str, socket_name: str, key: bytes, timeout_s: float) -> Link:
+async def connect(
+    address: str, socket_name: str, key: bytes, timeout_s: float, ping_every_s: float = PING_EVERY_S
+) -> Link:
     """A link to "host:port", over the abstract Unix socket of that name if it is on this host. The key goes there and
     comes back: a connection alone does not tell who, if anybody, is at its other end.
 
@@ -166,7 +168,7 @@ async def connect(address: str, socket_name: str, key: bytes, timeout_s: float) 
         sock = _connect_local(socket_name)
         if sock is None:
             sock = await _connect_tcp(address)
-        link = Link(sock, pings=True)
+        link = Link(sock, pings=True, ping_every_s=ping_every_s)
         try:
             link.write(key)
             if await link.read() != key:

@@ -9,7 +9,7 @@ from typing import Protocol
 import grpc
 import grpc.aio
 
-from manta.cluster.links import LinkLostError, connect
+from manta.cluster.links import PING_EVERY_S, LinkLostError, connect
 
 logger = logging.getLogger(__name__)
 
@@ -73,11 +73,13 @@ def link_address(called_at: str, port: int, socket_name: str, key: bytes) -> Lin
     return LinkAddress(f"{called_at.rpartition(':')[0]}:{port}", socket_name, key)
 
 
-async def open_stream(address: LinkAddress | None, channel: grpc.aio.Channel, method: str) -> Stream:
+async def open_stream(
+    address: LinkAddress | None, channel: grpc.aio.Channel, method: str, ping_every_s: float = PING_EVERY_S
+) -> Stream:
     """A link where there is an address that can be reached, else a call of the channel's `method`."""
     if address is not None:
         try:
-            return await connect(address.address, address.socket_name, address.key, _CONNECT_TIMEOUT_S)
+            return await connect(address.address, address.socket_name, address.key, _CONNECT_TIMEOUT_S, ping_every_s)
         except (OSError, TimeoutError) as error:
             reason = str(error) or "no answer in time"
             logger.warning("no link to %s (%s): messages go over gRPC", address.address, reason)

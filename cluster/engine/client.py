@@ -49,7 +49,14 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+# A scheduler that is started again is back within seconds, at the same address.
+QUICK_RECONNECT = (
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 500),
+)
 CHANNEL_OPTIONS = (
+    *QUICK_RECONNECT,
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
     ("grpc.keepalive_time_ms", 5_000),

@@ -26,7 +26,7 @@ class Deadlines:
 
     step_s: float = 60.0
     step_per_token_s: float = 0.1
-    probe_s: float = 10.0  # for a worker to show that it is alive after an epoch ended
+    probe_s: float = 3.0  # for a worker to show that it is alive after an epoch ended
     check_every_s: float = 1.0
     max_failed_epochs: int = 3  # in a row, each short
 

@@ -12,11 +12,12 @@ from manta.protos import worker_pb2_grpc
 CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
-    ("grpc.keepalive_time_ms", 5_000),
-    ("grpc.keepalive_timeout_ms", 10_000),  # a worker on a loaded CPU host may answer late
+    ("grpc.keepalive_time_ms", 1_000),
+    ("grpc.keepalive_timeout_ms", 2_000),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.use_local_subchannel_pool", 1),  # ranks of different groups never share a connection
 )
+_PING_EVERY_S = 0.5  # a stopped worker is noticed within 2.5 s. Its threads answer while it computes
 _RUN = f"/{pb.DESCRIPTOR.services_by_name['Worker'].full_name}/Run"
 
 
@@ -52,7 +53,7 @@ class WorkerGroup:
 
     async def open_run(self, rank: int) -> Stream:
         """A stream that carries plans down and results up."""
-        return await open_stream(self._links[rank], self._channels[rank], _RUN)
+        return await open_stream(self._links[rank], self._channels[rank], _RUN, _PING_EVERY_S)
 
     async def check(self, timeout_s: float) -> None:
         """Raises WorkerError for the first rank whose process does not answer in time."""

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import grpc
 
+from manta.cluster.engine.client import QUICK_RECONNECT
 from manta.cluster.launch.launcher import Launcher, LaunchError, Part
 from manta.configs.schema import ServeConfig
 from manta.protos import engine_pb2 as pb
@@ -17,8 +18,8 @@ from manta.protos import engine_pb2_grpc
 logger = logging.getLogger(__name__)
 
 MAX_FAILURES, WITHIN_S = 3, 60.0  # so many within this time, or starts in a row that fail, and a part is given up
-_CALL_TIMEOUT_S = 2.0
-_NUM_SILENT = 5  # calls that the scheduler may leave unanswered: it never blocks, but its host may be loaded
+_CALL_TIMEOUT_S = 1.5
+_NUM_SILENT = 3  # calls that the scheduler may leave unanswered: it never blocks, but its host may be loaded
 _LOAD_TIMEOUT_S = 3600.0
 _RETRY_S = 1.0
 _JOIN_TIMEOUT_S = 10.0
@@ -42,7 +43,7 @@ class Keeper:
         self._launcher = launcher
         self._workers = workers
         self._clock = clock
-        self._channel = grpc.insecure_channel(scheduler)
+        self._channel = grpc.insecure_channel(scheduler, options=QUICK_RECONNECT)
         self._engine = engine_pb2_grpc.EngineStub(self._channel)
         self._num_silent = 0
         self._changed = threading.Condition()  # guards what follows
