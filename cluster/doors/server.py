@@ -17,14 +17,16 @@ from manta.cluster.doors.http import build_app
 from manta.cluster.doors.http_protocol import DoorProtocol
 from manta.cluster.doors.rpc import InferenceServicer
 from manta.cluster.doors.rpc_health import HealthServicer
+from manta.cluster.doors.rpc_messages import add_service
 from manta.cluster.doors.service import Service
 from manta.cluster.doors.tls import Certificates
-from manta.protos import inference_pb2, inference_pb2_grpc
+from manta.protos import inference_pb2
 
 KEEP_ALIVE_S = 75  # idle HTTP connections; longer than the 60 s after which common proxies drop theirs
 CLOSE_TIMEOUT_S = 1  # for the last bytes, once the calls have ended
 PING_INTERVAL_MS, PING_TIMEOUT_MS = 30_000, 20_000  # over gRPC: who does not answer is gone, and its calls are aborted
-_GRPC_NAMES = (inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name,)
+_INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["Inference"]
+_GRPC_NAMES = (_INFERENCE.full_name,)
 
 
 class PortError(OSError):
@@ -108,7 +110,7 @@ class DoorServer:
                 ("grpc.keepalive_permit_without_calls", 1),
             ],
         )
-        inference_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(self._service), server)
+        add_service(server, _INFERENCE, InferenceServicer(self._service))
         health_pb2_grpc.add_HealthServicer_to_server(HealthServicer(self._service, _GRPC_NAMES), server)
         reflection.enable_server_reflection((*_GRPC_NAMES, "grpc.health.v1.Health", reflection.SERVICE_NAME), server)
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
