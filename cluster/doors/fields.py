@@ -10,7 +10,7 @@ from typing import Any
 from manta.cluster.doors.errors import RequestError
 from manta.configs.sampling import SamplingParams
 
-SAMPLING = frozenset(SamplingParams.model_fields)
+SAMPLING = frozenset(SamplingParams.model_fields) - {"output_kind"}
 SHARED = frozenset(
     {
         "model",
