@@ -11,6 +11,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from manta.cluster.doors.authentication import HttpKeys
+from manta.cluster.doors.batches import batch_routes
 from manta.cluster.doors.chat import ChatCompletions
 from manta.cluster.doors.completions import Completions
 from manta.cluster.doors.errors import Kind, RequestError, from_engine, internal
@@ -36,6 +37,7 @@ def build_app(service: Service) -> Starlette:
         "/v1/messages/count_tokens": CountTokens(service),
     }
     routes += [Route(path, JsonEndpoint(handler, tell), methods=["POST"]) for path, handler in anthropic.items()]
+    routes += batch_routes(service.batches, routes)
     return Starlette(
         routes=routes + State(service).routes(),
         middleware=[
