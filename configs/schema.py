@@ -103,6 +103,12 @@ class ServeConfig(BaseModel):
     reasoning_parser: ReasoningTags | None = option(
         None, "Front end", "how the model marks what it thinks; chat tells it beside the content"
     )
+    max_stored_responses: int = option(
+        10_000, "Front end", "answers of /v1/responses that a frontend keeps; 0 keeps none", ge=0
+    )
+    max_stored_response_bytes: ByteSize = option(
+        ByteSize(256 * 2**20), "Front end", "memory for them; the oldest go first", ge=0
+    )
     shutdown_timeout: float = option(
         30.0, "Front end", "seconds that running requests get to finish on shutdown", ge=0.0
     )
