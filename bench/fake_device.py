@@ -77,6 +77,9 @@ class FakeStep:
     def logprobs(self) -> bytes:
         return b""
 
+    def vectors(self) -> bytes:
+        return b""
+
 
 class FakeRunner:
     """Slots as columns; follows the rules in protos/worker.proto."""

@@ -41,6 +41,8 @@ def with_absolute_paths(config: ServeConfig) -> ServeConfig:
         value = getattr(config, name)
         if value and _exists(value):
             update[name] = str(Path(value).expanduser().resolve())
+    if config.batch_dir is not None:  # it need not exist yet
+        update["batch_dir"] = str(Path(config.batch_dir).expanduser().resolve())
     return config.model_copy(update=update)
 
 

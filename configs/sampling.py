@@ -1,5 +1,6 @@
 """How tokens are chosen and when a request ends: the one set of sampling parameters behind every door."""
 
+import enum
 from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
@@ -61,6 +62,14 @@ def _as_biases(value: object) -> object:
     return value
 
 
+class RequestOutputKind(enum.Enum):
+    """What each RequestOutput of a stream holds: all so far, what is new, or all, once, at the end."""
+
+    CUMULATIVE = 0
+    DELTA = 1
+    FINAL_ONLY = 2
+
+
 class SamplingParams(BaseModel):
     """Sampling parameters with vLLM's names and meanings. Frozen; raises pydantic.ValidationError naming the field.
 
@@ -113,6 +122,9 @@ class SamplingParams(BaseModel):
     )
     truncate_prompt_tokens: int | None = Field(
         None, ge=-1, le=2**31 - 1, description="prompt tokens kept at most, the last ones; -1: as many as fit"
+    )
+    output_kind: RequestOutputKind = Field(
+        RequestOutputKind.CUMULATIVE, description="what AsyncLLM yields; no field of requests"
     )
 
     @model_validator(mode="after")

@@ -103,8 +103,21 @@ class ServeConfig(BaseModel):
     reasoning_parser: ReasoningTags | None = option(
         None, "Front end", "how the model marks what it thinks; chat tells it beside the content"
     )
+    max_stored_responses: int = option(
+        10_000, "Front end", "answers of /v1/responses that a frontend keeps; 0 keeps none", ge=0
+    )
+    max_stored_response_bytes: ByteSize = option(
+        ByteSize(256 * 2**20), "Front end", "memory for them; the oldest go first", ge=0
+    )
     shutdown_timeout: float = option(
         30.0, "Front end", "seconds that running requests get to finish on shutdown", ge=0.0
+    )
+    batch_dir: str | None = option(
+        None, "Batches", "folder on a local disk for /v1/files and /v1/batches, which do not exist without it"
+    )
+    max_batch_file_bytes: ByteSize = option(ByteSize(200 * 2**20), "Batches", "bytes of an uploaded file", ge=1)
+    max_num_batch_seqs: int = option(
+        8, "Batches", "sequences of batches that run beside other requests; alone they may take nearly all slots", ge=0
     )
     # Held as hashes, and never part of the JSON that goes from process to process: see configs.api_keys.
     api_key: Annotated[tuple[str, ...], BeforeValidator(hash_keys)] = option(

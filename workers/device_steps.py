@@ -1,8 +1,6 @@
 """Steps whose inputs the device builds from its own columns of the slots. The host names the rows and launches; it
 knows counts and never waits. Steps in which everyone decodes are replayed from recordings, if there are any."""
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -13,7 +11,8 @@ from manta.workers.columns import Ints
 from manta.workers.decode_graphs import DecodeGraph, DecodeGraphs, Record, graph_sizes
 from manta.workers.device_slots import DeviceSlots
 from manta.workers.feedback import Feedback
-from manta.workers.records import Records, StepOutput
+from manta.workers.pooler import Pooler
+from manta.workers.records import NOTHING, StepOutput
 from manta.workers.sampler import Sampler
 from manta.workers.scorer import Scorer
 from manta.workers.slot_table import Rows, SlotChanges
@@ -32,6 +31,7 @@ class DeviceSteps:
         slots: DeviceSlots,
         sampler: Sampler,
         scorer: Scorer,
+        pooler: Pooler,
         feedback: Feedback,
         record: Record | None,
     ) -> None:
@@ -42,6 +42,7 @@ class DeviceSteps:
         self._slots = slots
         self._sampler = sampler
         self._scorer = scorer
+        self._pooler = pooler
         self._feedback = feedback
         hidden = None
         if not mesh.is_first_stage:
@@ -65,27 +66,33 @@ class DeviceSteps:
         self._slots.apply(self._changes.take())
 
     def compute(self, lane: int, rows: Rows) -> StepOutput:
-        """Returns the sampled ids on the last stage, nothing elsewhere."""
+        """Returns what the rows tell on the last stage, nothing elsewhere."""
         graph = self._graphs.fitting(rows.slots.size) if self._graphs is not None and rows.only_decode else None
         if graph is not None:
             return self._finish(lane, rows, graph.buffers, self._replay(rows, graph))
         buffers, metadata = self._fill(rows)
         out = self._forward(buffers, metadata)
         mesh = self._stage.mesh
-        records: list[Records] = []
+        output = NOTHING
         if mesh.is_last_stage:
-            asked = self._scorer.prompt_tokens(rows)
-            if asked is not None:
-                records = self._scorer.of_prompts(asked, out, self._stage.model.logits)
+            output = self._tell_of_prompts(rows, out)
             if not rows.sampled.size:
-                return self._finish(lane, rows, buffers, None, records)
+                return self._finish(lane, rows, buffers, None, output)
             last = buffers.inputs.last_tokens
             if rows.sampled.size < rows.slots.size:
                 last = last[upload([rows.sampled], mesh.device)[0]]
             out = self._stage.model.logits(out[last])
         elif not mesh.is_first_stage:
             out = out.clone()  # it lies in the buffer for hidden states, which is the next step's
-        return self._finish(lane, rows, buffers, out, records)
+        return self._finish(lane, rows, buffers, out, output)
+
+    def _tell_of_prompts(self, rows: Rows, hidden: Tensor) -> StepOutput:
+        """hidden: [T, size], of all tokens of the step."""
+        asked, pieces = self._scorer.prompt_tokens(rows), self._pooler.pieces(rows)
+        if asked is None and pieces is None:
+            return NOTHING
+        records = [] if asked is None else self._scorer.of_prompts(asked, hidden, self._stage.model.logits)
+        return StepOutput(None, records, None if pieces is None else self._pooler.pool(pieces, hidden))
 
     def _decode(self, buffers: StepBuffers) -> Tensor:
         """What is recorded: from slots to logits [R, vocab] on the last stage, to hidden states [R, hidden] before."""
@@ -126,11 +133,11 @@ class DeviceSteps:
             self._stage.mesh.recv_hidden_to(buffers.hidden[:num_tokens])
 
     def _finish(
-        self, lane: int, rows: Rows, buffers: StepBuffers, out: Tensor | None, records: Sequence[Records] = ()
+        self, lane: int, rows: Rows, buffers: StepBuffers, out: Tensor | None, output: StepOutput = NOTHING
     ) -> StepOutput:
         """Samples or passes on, and moves the device's columns to where the step leaves them."""
         mesh, num_rows = self._stage.mesh, rows.slots.size
-        tokens, output = None, StepOutput(None, records)
+        tokens = None
         if not mesh.is_last_stage:
             assert out is not None
             mesh.send_hidden(out)
@@ -138,7 +145,7 @@ class DeviceSteps:
                 slots, positions = upload([rows.sampled_slots, rows.sampled_positions], mesh.device)
                 self._feedback.expect(lane, rows.sampled_slots, slots, positions)
         elif out is not None:
-            tokens, output = self._sampler.sample_rows(out, rows, self._scorer, records)
+            tokens, output = self._sampler.sample_rows(out, rows, self._scorer, output)
             if not mesh.is_first_stage:
                 mesh.send_tokens(tokens)
         part = buffers.first(buffers.inputs.token_ids.shape[0], num_rows, buffers.inputs.block_tables.shape[1])

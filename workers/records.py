@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from manta.workers.columns import Ints
+from manta.workers.pooler import Vectors
 from manta.workers.transfer import download
 
 
@@ -45,6 +46,7 @@ class StepOutput:
 
     tokens: Tensor | None = None  # int64 [N], the sampled ids; None where nothing is sampled
     records: Sequence[Records] = ()  # of rows that asked for log-probabilities, on the rank that answers
+    vectors: Vectors | None = None  # of prompts that become vectors, there too
 
 
 NOTHING = StepOutput()

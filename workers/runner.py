@@ -1,7 +1,5 @@
 """Runs steps: the plan, the slots, the layers, the tokens, in this order."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -15,7 +13,8 @@ from manta.workers.feedback import Feedback
 from manta.workers.grammars import Grammars
 from manta.workers.host_steps import HostSteps
 from manta.workers.pages_ahead import PagesAhead
-from manta.workers.records import NOTHING, Records, encode
+from manta.workers.pooler import Pooler
+from manta.workers.records import NOTHING, StepOutput, encode
 from manta.workers.sampler import Sampler
 from manta.workers.sampling_table import SamplingTable
 from manta.workers.scorer import MAX_HOST_ROWS, Scorer
@@ -26,12 +25,12 @@ from manta.workers.transfer import download
 
 
 class Step:
-    """One step on its way through the device. `tokens`, `logprobs` and `time` wait for it, on any thread."""
+    """One step on its way through the device. What it tells waits for it, on any thread."""
 
-    def __init__(self, tokens: Tensor | None, records: Sequence[Records], reading: Reading) -> None:
-        """tokens: int64 [N], in host memory when the reading's wait is over, as the records are."""
+    def __init__(self, tokens: Tensor | None, output: StepOutput, reading: Reading) -> None:
+        """tokens: int64 [N], in host memory when the reading's wait is over, as the records and vectors of `output`."""
         self._tokens = tokens
-        self._records = records
+        self._output = output
         self._reading = reading
 
     def time(self) -> StepTime:
@@ -44,10 +43,17 @@ class Step:
 
     def logprobs(self) -> bytes:
         """Records of the rows that asked for log-probabilities, as in StepResult."""
-        if not self._records:
+        if not self._output.records:
             return b""
         self._reading.wait()
-        return encode(self._records)
+        return encode(self._output.records)
+
+    def vectors(self) -> bytes:
+        """Of the prompts that end with one, as in StepResult."""
+        if self._output.vectors is None:
+            return b""
+        self._reading.wait()
+        return self._output.vectors.encode()
 
 
 class Runner:
@@ -78,12 +84,13 @@ class Runner:
         self._sampler = sampler = Sampler(sampling, tokens)
         max_scored_rows = limits.max_num_seqs if on_device else MAX_HOST_ROWS
         scorer = Scorer(sampling, tokens, max_scored_rows, self.is_output_rank)
+        pooler = Pooler(self._slots.pooled, self.is_output_rank)
         self._steps: HostSteps | DeviceSteps
         if changes is None:
-            self._steps = HostSteps(stage, self._slots, tokens, sampler, scorer, self._feedback, self._clock)
+            self._steps = HostSteps(stage, self._slots, tokens, sampler, scorer, pooler, self._feedback, self._clock)
         else:
             device_slots = DeviceSlots(limits, tokens, mesh.device)
-            self._steps = DeviceSteps(stage, changes, device_slots, sampler, scorer, self._feedback, record)
+            self._steps = DeviceSteps(stage, changes, device_slots, sampler, scorer, pooler, self._feedback, record)
 
     @property
     def is_output_rank(self) -> bool:
@@ -118,4 +125,4 @@ class Runner:
         output = self._steps.compute(plan.lane, rows) if rows.slots.size else NOTHING
         # Before the step's end is marked: whoever waits for that reads the tokens.
         tokens = None if output.tokens is None else download(output.tokens)
-        return Step(tokens, output.records, self._clock.end())
+        return Step(tokens, output, self._clock.end())

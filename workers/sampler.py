@@ -5,8 +5,6 @@ then min_p and top_k, then top_p on what these leave, then one draw. Greedy rows
 and penalties.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -18,7 +16,7 @@ from manta.workers.draws import uniform
 from manta.workers.filters import drop_below, top_k_cutoff, top_p_cutoff
 from manta.workers.grammar_masks import GrammarMasks
 from manta.workers.penalties import apply_penalties, mask_stop_tokens
-from manta.workers.records import Records, StepOutput
+from manta.workers.records import StepOutput
 from manta.workers.sampling_table import SamplingTable
 from manta.workers.scorer import Scorer
 from manta.workers.slot_table import Rows
@@ -40,23 +38,21 @@ class Sampler:
         """Before the layers of a step whose tokens are chosen here. Waits for nothing."""
         self._grammars.begin(rows.sampled_slots, rows.sampled_positions)
 
-    def sample_rows(
-        self, logits: Tensor, rows: Rows, scorer: Scorer, records: Sequence[Records] = ()
-    ) -> tuple[Tensor, StepOutput]:
-        """As `sample`, for the rows of a step that sample; and the step's output, with log-probabilities for those that
-        ask, behind `records`."""
+    def sample_rows(self, logits: Tensor, rows: Rows, scorer: Scorer, output: StepOutput) -> tuple[Tensor, StepOutput]:
+        """As `sample`, for the rows of a step that sample; and the step's `output` with their tokens, and with
+        log-probabilities for those that ask behind the records that it has."""
         slots, positions = rows.sampled_slots, rows.sampled_positions
         asking = scorer.asking(slots)
         if asking is None:
             tokens = self.sample(logits, slots, positions)
-            return tokens, StepOutput(tokens, records)
+            return tokens, StepOutput(tokens, output.records, output.vectors)
         index, num_best = asking
         (on_device,) = upload([index], logits.device)
         is_as_said = index.size == slots.size and not self._table.changes_logits(slots)
         said = logits if is_as_said else logits[on_device]  # what the model said
         tokens = self.sample(logits, slots, positions)
         scored = scorer.of_sampled(said, tokens[on_device], rows.sampled[index], num_best)
-        return tokens, StepOutput(tokens, [*records, scored])
+        return tokens, StepOutput(tokens, [*output.records, scored], output.vectors)
 
     def sample(self, logits: Tensor, slots: Ints, positions: Ints) -> Tensor:
         """Token ids int64 [N], on the device.

@@ -204,7 +204,7 @@ class WorkerService(WorkerServicer):
         """Waits for the device. A GPU reports what went wrong in a step only here."""
         try:
             time_ = step.time()
-            tokens, logprobs = step.tokens(), step.logprobs()
+            tokens, logprobs, vectors = step.tokens(), step.logprobs(), step.vectors()
         except Exception as error:
             logger.exception("%s: epoch %d ends at step %d", self._name, plan.epoch, plan.step)
             return self._failed(plan, error)
@@ -216,6 +216,7 @@ class WorkerService(WorkerServicer):
             idle_us=time_.idle_us,
             queue_us=queue_us,
             logprobs=logprobs,
+            vectors=vectors,
         )
 
     def _error(self, plan: pb.StepPlan, reason: str) -> pb.StepResult:

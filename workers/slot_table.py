@@ -11,6 +11,7 @@ import numpy as np
 from manta.protos.worker_pb2 import SeqAdd, StepPlan
 from manta.workers.columns import Ints, PlanError, decode_int32, decode_pairs, decode_uint32, grown
 from manta.workers.limits import Limits
+from manta.workers.pooled_prompt import PooledPrompt
 from manta.workers.sampling_table import SamplingTable
 from manta.workers.token_table import TokenTable
 
@@ -63,7 +64,9 @@ class Rows:
 class SlotTable:
     """Slots, their sequences and block tables. The only writer of its columns; read them, do not change them.
 
-    Columns grow with the highest slot in use. `block_table` is int32 [slots, blocks], padded with 0.
+    Columns grow with the highest slot in use. `block_table` is int32 [slots, blocks], padded with 0. Prompts that
+    become vectors are in `pooled`, by slot; their `length` is one more than they have tokens, so that no row reaches it
+    and samples, here or on the device.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class SlotTable:
         self._tokens = tokens
         self._sampling = sampling
         self._changes = changes
+        self.pooled: dict[int, PooledPrompt] = {}
         self.clear()
 
     def clear(self) -> None:
@@ -81,6 +85,7 @@ class SlotTable:
         if self._changes is not None:
             self._changes.take()  # those of a plan that could not be followed
         self._sampling.clear()
+        self.pooled.clear()
         self.in_use = np.zeros(16, np.bool_)
         self.decoding = np.zeros(16, np.bool_)
         self.lane = np.zeros(16, np.int64)
@@ -115,6 +120,9 @@ class SlotTable:
         self.in_use[slots] = False
         self.decoding[slots] = False
         self._sampling.free(slots)
+        if self.pooled:
+            for slot in slots.tolist():
+                self.pooled.pop(slot, None)
 
     def _add(self, add: SeqAdd) -> None:
         slot, limits = add.slot, self._limits
@@ -123,7 +131,9 @@ class SlotTable:
         self._reserve(slot)
         if self.in_use[slot]:
             raise PlanError(f"slot {slot} is added but in use")
-        if not 0 < add.num_prompt_tokens <= tokens.size < add.max_length <= limits.max_model_len:
+        pools = add.HasField("pooling")
+        grows = tokens.size < add.max_length
+        if not 0 < add.num_prompt_tokens <= tokens.size <= add.max_length <= limits.max_model_len or grows == pools:
             raise PlanError(
                 f"slot {slot}: {add.num_prompt_tokens} prompt tokens among {tokens.size} tokens growing to "
                 f"{add.max_length} do not fit each other or the {limits.max_model_len} of the model"
@@ -134,15 +144,17 @@ class SlotTable:
             raise PlanError(
                 f"slot {slot}: {add.num_computed} computed of {tokens.size} tokens, with {blocks.size} blocks"
             )
+        if pools:
+            self.pooled[slot] = PooledPrompt.of(slot, add.pooling, tokens.size, add.num_computed)
         self.in_use[slot] = True
         self.lane[slot] = add.lane
-        self.length[slot] = tokens.size
+        length = self.length[slot] = tokens.size + pools
         self.num_computed[slot] = add.num_computed
         self.max_length[slot] = add.max_length
         self.num_blocks[slot] = 0
         self.block_table[slot] = 0
         if self._changes is not None:
-            self._changes.added.append((slot, tokens.size, add.num_computed))
+            self._changes.added.append((slot, length, add.num_computed))
         self._append_blocks(np.full(blocks.size, slot), blocks)
         self._tokens.reserve(slot + 1, tokens.size)
         self._tokens.write(slot, tokens)
@@ -210,7 +222,7 @@ class SlotTable:
         if np.unique(slots).size != slots.size:
             raise PlanError(f"prefill_slots names a slot twice: {slots.tolist()}")
         for slot, length in zip(slots.tolist(), lengths.tolist(), strict=True):
-            left = int(self.length[slot] - self.num_computed[slot])
+            left = int(self.length[slot] - self.num_computed[slot]) - (slot in self.pooled)
             if self.lane[slot] != lane:
                 raise PlanError(f"slot {slot} of lane {self.lane[slot]} is prefilled in a step of lane {lane}")
             if self.decoding[slot]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import orjson
 
-ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/messages")
+ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/messages")
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,45 +19,58 @@ class BatchRequest:
 
 
 class BatchLineError(ValueError):
-    """The line is no request; the message is one sentence."""
+    """The line is no request; the message is one sentence. `param` names the field at fault, `code` is a word for
+    programs."""
 
-    def __init__(self, message: str, custom_id: str | None = None) -> None:
+    def __init__(
+        self, message: str, custom_id: str | None = None, param: str | None = None, code: str = "invalid_request"
+    ) -> None:
         super().__init__(message)
         self.custom_id = custom_id
+        self.param = param
+        self.code = code
 
 
-def read_line(line: bytes, number: int) -> BatchRequest:
-    """The request on line `number`, counted from 1. Raises BatchLineError."""
+def read_line(line: bytes, number: int, endpoint: str | None = None) -> BatchRequest:
+    """The request on line `number`, counted from 1; its url must be `endpoint`, if that is given. Raises
+    BatchLineError."""
     try:
         value = orjson.loads(line)
     except orjson.JSONDecodeError as error:
-        raise BatchLineError(f"line {number} is not valid JSON: {error}") from None
+        message = f"line {number} is not valid JSON: {error}"
+        raise BatchLineError(message, code="invalid_json_line") from None
     if not isinstance(value, dict):
-        raise BatchLineError(f"line {number} must be a JSON object with custom_id, url and body")
+        message = f"line {number} must be a JSON object with custom_id, url and body"
+        raise BatchLineError(message, code="invalid_json_line")
     custom_id = value.get("custom_id")
     if not isinstance(custom_id, str) or not custom_id:
-        raise BatchLineError(f"line {number}: custom_id must be a string that is not empty")
+        raise BatchLineError(f"line {number}: custom_id must be a string that is not empty", None, "custom_id")
     if value.get("method", "POST") != "POST":
-        raise BatchLineError(f'line {number}: method must be "POST", not {value["method"]!r}', custom_id)
-    if value.get("url") not in ENDPOINTS:
-        raise BatchLineError(
-            f"line {number}: url must be one of {', '.join(ENDPOINTS)}, not {value.get('url')!r}", custom_id
-        )
+        message = f'line {number}: method must be "POST", not {value["method"]!r}'
+        raise BatchLineError(message, custom_id, "method")
+    url = value.get("url")
+    if url not in ENDPOINTS:
+        message = f"line {number}: url must be one of {', '.join(ENDPOINTS)}, not {url!r}"
+        raise BatchLineError(message, custom_id, "url", "invalid_url")
+    if endpoint is not None and url != endpoint:
+        message = f"line {number}: url is {url!r} and the batch's endpoint {endpoint!r}; they must be equal"
+        raise BatchLineError(message, custom_id, "url", "url_mismatch")
     body = value.get("body")
     if not isinstance(body, dict):
-        raise BatchLineError(f"line {number}: body must be an object", custom_id)
+        raise BatchLineError(f"line {number}: body must be an object", custom_id, "body")
     if body.get("stream"):
-        raise BatchLineError(f"line {number}: answers of a batch are whole; leave body.stream out", custom_id)
-    return BatchRequest(custom_id, value["url"], body)
+        message = f"line {number}: answers of a batch are whole; leave body.stream out"
+        raise BatchLineError(message, custom_id, "body.stream")
+    return BatchRequest(custom_id, url, body)
 
 
-def answer_line(request: BatchRequest, status: int, answer: bytes) -> bytes:
-    """The output line of a request that got an answer, good or bad."""
+def answer_line(request: BatchRequest, status: int, answer: bytes, request_id: str = "") -> bytes:
+    """The output line of a request that got an answer, good or bad. An answer's own id goes before `request_id`."""
     try:
         body = orjson.loads(answer)
     except orjson.JSONDecodeError:
         body = answer.decode(errors="replace")
-    request_id = body.get("id", "") if isinstance(body, dict) else ""
+    request_id = body.get("id", request_id) if isinstance(body, dict) else request_id
     response = {"status_code": status, "request_id": request_id, "body": body}
     return _line(request.custom_id, response, None)
 

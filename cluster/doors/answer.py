@@ -72,6 +72,11 @@ class AnswerReader:
         self._plan = plan
         self._num_calls = 0
 
+    @property
+    def num_thought_characters(self) -> int:
+        """How much of the text so far is thinking, tags included."""
+        return self._reasoning.num_thought_characters if self._reasoning is not None else 0
+
     def push(self, text: str, is_last: bool) -> list[Event]:
         events: list[Event] = [Content(text)] if text else []
         if self._reasoning is not None:

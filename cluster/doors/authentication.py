@@ -12,6 +12,7 @@ from manta.cluster.doors.api_keys import KeyRing
 from manta.cluster.doors.caller import set_caller
 from manta.cluster.doors.errors import RequestError
 from manta.cluster.doors.exchange import Reply
+from manta.cluster.doors.rpc_errors import fail
 
 OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/live", "/ready", "/ping"})
 _OPEN_SERVICE = "/grpc.health.v1.Health/"
@@ -67,8 +68,7 @@ def _refusing(handler: Any, error: RequestError) -> Any:
     """A handler of the same shape that reads nothing and ends with the error."""
 
     async def refuse(_: Any, context: Any) -> None:
-        metadata = (("error-code", error.code),)
-        await context.abort(error.kind.value.grpc, error.message, metadata)
+        await fail(context, error)
 
     makers = {
         (False, False): grpc.unary_unary_rpc_method_handler,

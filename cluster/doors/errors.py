@@ -37,6 +37,7 @@ class Kind(enum.Enum):
     TOO_LARGE = Status(413, "RequestTooLargeError", grpc.StatusCode.RESOURCE_EXHAUSTED)
     LARGE_HEAD = Status(431, "RequestTooLargeError", grpc.StatusCode.RESOURCE_EXHAUSTED)
     INTERNAL = Status(500, "InternalServerError", grpc.StatusCode.INTERNAL)
+    STORAGE = Status(507, "InsufficientStorageError", grpc.StatusCode.RESOURCE_EXHAUSTED)
     OVERLOADED = Status(503, "ServiceUnavailableError", grpc.StatusCode.RESOURCE_EXHAUSTED)
     UNAVAILABLE = Status(503, "ServiceUnavailableError", grpc.StatusCode.UNAVAILABLE)
     # fmt: on

@@ -81,18 +81,26 @@ class JsonEndpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         reply = Reply(send)
-        try:
-            body = await read_json(scope, receive)
-            await _until_disconnect(receive, self._handler(body, scope["request_id"], reply))
-        except ClientGoneError:
-            return
-        except RequestError as error:
-            await self._tell(error, scope["request_id"], reply)
-        except EngineError as error:
-            await self._tell(from_engine(error), scope["request_id"], reply)
-        except Exception as error:
-            logger.exception("request %s failed", scope["request_id"])
-            await self._tell(internal(error), scope["request_id"], reply)
+        await exchange(self._work(scope, receive, reply), scope["request_id"], reply, self._tell)
+
+    async def _work(self, scope: Scope, receive: Receive, reply: Reply) -> None:
+        body = await read_json(scope, receive)
+        await until_disconnect(receive, self._handler(body, scope["request_id"], reply))
+
+
+async def exchange(work: Coroutine[Any, Any, None], request_id: str, reply: Reply, tell: Teller = _tell) -> None:
+    """Awaits `work`, which answers through `reply`; what it raises is told by `tell`."""
+    try:
+        await work
+    except ClientGoneError:
+        return
+    except RequestError as error:
+        await tell(error, request_id, reply)
+    except EngineError as error:
+        await tell(from_engine(error), request_id, reply)
+    except Exception as error:
+        logger.exception("request %s failed", request_id)
+        await tell(internal(error), request_id, reply)
 
 
 def error_headers(error: RequestError) -> list[tuple[bytes, bytes]]:
@@ -152,7 +160,7 @@ def _too_large() -> RequestError:
     return RequestError(message, code="request_too_large", kind=Kind.TOO_LARGE)
 
 
-async def _until_disconnect(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
+async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
     """Runs `work`, but cancels it and raises ClientGoneError when the client disconnects first."""
     worker = asyncio.ensure_future(work)
     watcher = asyncio.ensure_future(_disconnect(receive))

@@ -10,7 +10,7 @@ from typing import Any
 from manta.cluster.doors.errors import RequestError
 from manta.configs.sampling import SamplingParams
 
-SAMPLING = frozenset(SamplingParams.model_fields)
+SAMPLING = frozenset(SamplingParams.model_fields) - {"output_kind"}
 SHARED = frozenset(
     {
         "model",
@@ -93,33 +93,40 @@ _CONSTRAINTS = {
 }
 
 
-def check_fields(body: Mapping[str, Any], used: frozenset[str]) -> dict[str, Any]:
-    """The fields of `body` that are in `used` and not null. Raises RequestError for any other that means something."""
+def check_fields(
+    body: Mapping[str, Any],
+    used: frozenset[str],
+    ignored: frozenset[str] = IGNORED,
+    refused: Mapping[str, tuple[Any, ...]] = NOT_SUPPORTED,
+    hints: Mapping[str, str] = _HINTS,
+) -> dict[str, Any]:
+    """The fields of `body` that are in `used` and not null. Raises RequestError for any other that means something:
+    `refused` ones, but for the values that ask for nothing, and unknown ones. `hints` say what to do instead."""
     for name, value in body.items():
-        if name in used or name in IGNORED or (value is None and name in NOT_SUPPORTED):
+        if name in used or name in ignored or (value is None and name in refused):
             continue
-        if name not in NOT_SUPPORTED:
-            raise _unknown(name, used)
-        if not _asks_for_nothing(name, value, body):
-            hint = f"; {_HINTS[name]}" if name in _HINTS else ""
+        if name not in refused:
+            raise _unknown(name, used, ignored | refused.keys())
+        if not _asks_for_nothing(name, value, body, refused[name]):
+            hint = f"; {hints[name]}" if name in hints else ""
             raise RequestError(f"{name} is not supported by this server{hint}", name, "unsupported_parameter")
     return {name: value for name, value in body.items() if name in used and value is not None}
 
 
-def _asks_for_nothing(name: str, value: Any, body: Mapping[str, Any]) -> bool:
+def _asks_for_nothing(name: str, value: Any, body: Mapping[str, Any], neutral_values: tuple[Any, ...]) -> bool:
     if name in ("tools", "functions"):
         choice = "tool_choice" if name == "tools" else "function_call"
         return value == [] or body.get(choice) == "none"
     # 0 == False: "logprobs": 0 asks for the log probability of the chosen token, so types must agree too.
-    return any(type(value) is type(neutral) and value == neutral for neutral in NOT_SUPPORTED[name])
+    return any(type(value) is type(neutral) and value == neutral for neutral in neutral_values)
 
 
-def _unknown(name: str, used: frozenset[str]) -> RequestError:
+def _unknown(name: str, used: frozenset[str], known: Set[str]) -> RequestError:
     if name in _CONSTRAINTS or name.startswith(("guided_", "structured")):
         inner = _CONSTRAINTS.get(name)
         advice = f"use structured_outputs={{{inner!r}: ...}}" if inner else "did you mean 'structured_outputs'?"
         return RequestError(f"unknown field {name!r}; {advice}", name, "unknown_parameter")
-    return unknown_field(name, used | IGNORED | NOT_SUPPORTED.keys(), used)
+    return unknown_field(name, used | known, used)
 
 
 def unknown_field(name: str, known: Set[str], used: Set[str]) -> RequestError:

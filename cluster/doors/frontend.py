@@ -6,7 +6,10 @@ import random
 import time
 from collections.abc import Sequence
 
+from manta.cluster.batches.keeper import Keeper
+from manta.cluster.batches.store import BatchStore
 from manta.cluster.doors.api_keys import KeyRing
+from manta.cluster.doors.batch_work import new_keeper, open_store
 from manta.cluster.doors.generation import Running
 from manta.cluster.doors.grammar_check import GrammarChecker
 from manta.cluster.doors.limits import read_limits
@@ -32,6 +35,8 @@ class Frontend:
         self._grammars: GrammarChecker | None = None
         self._client: Client | None = None
         self._server: DoorServer | None = None
+        self._batches: BatchStore | None = None
+        self._keeper: Keeper | None = None
 
     async def prepare(self) -> None:
         """Loads the tokenizer. Raises TokenizerError."""
@@ -42,8 +47,8 @@ class Frontend:
         """Connects to the engine at "host:port" and listens; a port of 0 takes a free one. Returns the ports
         {"http": ..., "grpc": ...}.
 
-        Raises TokenizerError, PreflightError, ModelError, KeyFileError, CertificateError, PortError or
-        EngineLostError.
+        Raises TokenizerError, PreflightError, ModelError, KeyFileError, CertificateError, StorageError, PortError
+        or EngineLostError.
         """
         await self.prepare()
         assert self._tokenizer is not None
@@ -68,15 +73,25 @@ class Frontend:
             running=Running(client, tokenizer),
             started_s=time.time(),
             keys=KeyRing.of(config),
+            batches=await open_store(config),
         )
         self._server = DoorServer(service)
-        return await self._server.start()
+        ports = await self._server.start()
+        if service.batches is not None:
+            self._batches = service.batches
+            self._keeper = new_keeper(service, service.batches)
+            self._keeper.start()
+        return ports
 
     async def stop(self, grace_s: float) -> bool:
         """Refuses new requests, gives running ones `grace_s` to finish, then ends. True if none was cut off."""
         drained = True
+        if self._keeper is not None:
+            await self._keeper.stop()
         if self._server is not None:
             drained = await self._server.stop(grace_s)
+        if self._batches is not None:
+            await self._batches.close()
         if self._grammars is not None:
             await self._grammars.close()
         if self._client is not None:

@@ -11,19 +11,22 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from manta.cluster.doors.authentication import HttpKeys
+from manta.cluster.doors.batches import batch_routes
 from manta.cluster.doors.chat import ChatCompletions
 from manta.cluster.doors.completions import Completions
 from manta.cluster.doors.errors import Kind, RequestError, from_engine, internal
 from manta.cluster.doors.exchange import Handler, JsonEndpoint, RequestIds, error_headers
 from manta.cluster.doors.messages import CountTokens, Messages, tell
+from manta.cluster.doors.peers import Peers
+from manta.cluster.doors.responses.routes import response_routes
 from manta.cluster.doors.service import Service
 from manta.cluster.doors.state import State, json_response
 from manta.cluster.doors.tokenization import Detokenize, Tokenize
 from manta.cluster.engine.client import EngineError
 
 
-def build_app(service: Service) -> Starlette:
-    """The application; every error it answers has the OpenAI API's body."""
+def build_app(service: Service, peers: Peers | None = None) -> Starlette:
+    """The application; every error it answers has the OpenAI API's body. `peers` are those who share the port."""
     posts: dict[str, Handler] = {
         "/v1/completions": Completions(service),
         "/v1/chat/completions": ChatCompletions(service),
@@ -36,8 +39,9 @@ def build_app(service: Service) -> Starlette:
         "/v1/messages/count_tokens": CountTokens(service),
     }
     routes += [Route(path, JsonEndpoint(handler, tell), methods=["POST"]) for path, handler in anthropic.items()]
+    routes += batch_routes(service.batches, routes)
     return Starlette(
-        routes=routes + State(service).routes(),
+        routes=routes + response_routes(service, peers or Peers()) + State(service).routes(),
         middleware=[
             Middleware(RequestIds, new_id=lambda: uuid.uuid4().hex),
             Middleware(CORSMiddleware, allow_origins=["*"], allow_methods=["*"], allow_headers=["*"]),

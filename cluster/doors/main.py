@@ -16,6 +16,7 @@ import sys
 import uvloop
 from pydantic import ValidationError
 
+from manta.cluster.batches.database import StorageError
 from manta.cluster.doors.api_keys import KeyFileError
 from manta.cluster.doors.frontend import Frontend
 from manta.cluster.doors.server import PortError
@@ -30,6 +31,7 @@ from manta.configs.schema import ServeConfig
 
 _CANNOT_OPEN = (
     ValidationError, TokenizerError, PreflightError, ModelError, KeyFileError, CertificateError, PortError, EngineError,
+    StorageError,
 )  # fmt: skip
 
 

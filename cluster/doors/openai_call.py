@@ -111,23 +111,32 @@ async def stream_call(
         await reply.end_events(events.last())
 
 
-async def started(deltas: AsyncGenerator[IndexedDelta, None], reply: Reply) -> AsyncGenerator[IndexedDelta, None]:
-    """The same deltas; the headers go out with the first of them, or when it takes long."""
+async def started(
+    deltas: AsyncGenerator[IndexedDelta, None], reply: Reply, opening: bytes = b""
+) -> AsyncGenerator[IndexedDelta, None]:
+    """The same deltas; the headers go out with the first of them, or when it takes long, and behind them the events
+    `opening`."""
     async with contextlib.aclosing(deltas):
         first = asyncio.ensure_future(anext(deltas))
         try:
             done, _ = await asyncio.wait({first}, timeout=HEADERS_AFTER_S)
             if not done:
-                await reply.start_events()
+                await _open_stream(reply, opening)
             item = await first
         finally:
             if first.cancel():
                 await asyncio.wait({first})
         if done:
-            await reply.start_events()
+            await _open_stream(reply, opening)
         yield item
         async for item in deltas:
             yield item
+
+
+async def _open_stream(reply: Reply, opening: bytes) -> None:
+    await reply.start_events()
+    if opening:
+        await reply.events(opening)
 
 
 @dataclass(slots=True)

@@ -10,21 +10,25 @@ import grpc
 import uvicorn
 from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+from starlette.applications import Starlette
 
 from manta.cluster.doors import patience
 from manta.cluster.doors.authentication import RpcKeys
 from manta.cluster.doors.http import build_app
 from manta.cluster.doors.http_protocol import DoorProtocol
+from manta.cluster.doors.peers import PeerError, Peers
 from manta.cluster.doors.rpc import InferenceServicer
 from manta.cluster.doors.rpc_health import HealthServicer
+from manta.cluster.doors.rpc_messages import add_service
 from manta.cluster.doors.service import Service
 from manta.cluster.doors.tls import Certificates
-from manta.protos import inference_pb2, inference_pb2_grpc
+from manta.protos import inference_pb2
 
 KEEP_ALIVE_S = 75  # idle HTTP connections; longer than the 60 s after which common proxies drop theirs
 CLOSE_TIMEOUT_S = 1  # for the last bytes, once the calls have ended
 PING_INTERVAL_MS, PING_TIMEOUT_MS = 30_000, 20_000  # over gRPC: who does not answer is gone, and its calls are aborted
-_GRPC_NAMES = (inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name,)
+_INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["Inference"]
+_GRPC_NAMES = (_INFERENCE.full_name,)
 
 
 class PortError(OSError):
@@ -44,8 +48,9 @@ class DoorServer:
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._http: _HttpServer | None = None
-        self._http_task: asyncio.Task[None] | None = None
+        self._http: list[_HttpServer] = []
+        self._http_tasks: list[asyncio.Task[None]] = []
+        self._peers = Peers()
         self._grpc: grpc.aio.Server | None = None
 
     async def start(self) -> dict[str, int]:
@@ -54,15 +59,24 @@ class DoorServer:
         shares_port = config.api_server_count > 1
         certificates = Certificates.of(config)
         http_socket = _listen(config.host, config.port, shares_port)
-        try:
-            grpc_port = await self._start_grpc(config.host, config.grpc_port, shares_port, certificates)
-        except PortError:
-            http_socket.close()
-            raise
         http_port = int(http_socket.getsockname()[1])
-        self._http = _HttpServer(
+        try:
+            peer_socket = self._peers.listen(http_port) if shares_port else None
+            grpc_port = await self._start_grpc(config.host, config.grpc_port, shares_port, certificates)
+        except (PeerError, PortError) as error:
+            http_socket.close()
+            self._peers.close()
+            raise PortError(str(error)) from None
+        app = build_app(self._service, self._peers)
+        await self._start_http(app, http_socket, certificates)
+        if peer_socket is not None:
+            await self._start_http(app, peer_socket, None)
+        return {"http": http_port, "grpc": grpc_port}
+
+    async def _start_http(self, app: Starlette, listener: socket.socket, certificates: Certificates | None) -> None:
+        server = _HttpServer(
             uvicorn.Config(
-                build_app(self._service),
+                app,
                 http=DoorProtocol,
                 ws="none",
                 lifespan="off",
@@ -75,23 +89,25 @@ class DoorServer:
             )
         )
         if certificates is not None:
-            self._http.config.load()
-            self._http.config.ssl = certificates.http_context()
-        self._http_task = asyncio.create_task(self._http.serve(sockets=[http_socket]))
-        while not self._http.started and not self._http_task.done():
+            server.config.load()
+            server.config.ssl = certificates.http_context()
+        task = asyncio.create_task(server.serve(sockets=[listener]))
+        while not server.started and not task.done():
             await asyncio.sleep(0.01)  # uvicorn has no event for it
-        if self._http_task.done():
-            await self._http_task
-        return {"http": http_port, "grpc": grpc_port}
+        if task.done():
+            await task
+        self._http.append(server)
+        self._http_tasks.append(task)
 
     async def stop(self, grace_s: float) -> bool:
         """Refuses new calls, lets running ones finish for `grace_s`, aborts the rest. True if none was aborted."""
         drained = await self._service.running.drain(grace_s)
         if self._grpc is not None:
             await self._grpc.stop(CLOSE_TIMEOUT_S)
-        if self._http is not None and self._http_task is not None:
-            self._http.should_exit = True
-            await self._http_task
+        for server in self._http:
+            server.should_exit = True
+        await asyncio.gather(*self._http_tasks)
+        self._peers.close()
         return drained
 
     async def _start_grpc(self, host: str, port: int, shares_port: bool, certificates: Certificates | None) -> int:
@@ -108,7 +124,7 @@ class DoorServer:
                 ("grpc.keepalive_permit_without_calls", 1),
             ],
         )
-        inference_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(self._service), server)
+        add_service(server, _INFERENCE, InferenceServicer(self._service))
         health_pb2_grpc.add_HealthServicer_to_server(HealthServicer(self._service, _GRPC_NAMES), server)
         reflection.enable_server_reflection((*_GRPC_NAMES, "grpc.health.v1.Health", reflection.SERVICE_NAME), server)
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -3,6 +3,7 @@
 import secrets
 from dataclasses import dataclass, field
 
+from manta.cluster.batches.store import BatchStore
 from manta.cluster.doors.api_keys import KeyRing
 from manta.cluster.doors.generation import Running
 from manta.cluster.doors.validate import Validator
@@ -20,6 +21,7 @@ class Service:
     running: Running
     started_s: float  # Unix time
     keys: KeyRing = field(default_factory=KeyRing)
+    batches: BatchStore | None = None  # None: it keeps no files and batches
 
     def free_id(self, prefix: str, wanted: str) -> str:
         """The id a call runs under; two clients that send the same X-Request-Id do not disturb each other."""

@@ -38,7 +38,7 @@ class Ask:
     """What a client asked for, in the words of neither door. Values are as the client sent them, unchecked."""
 
     prompt: Any  # a text, token ids, or a list of either
-    sampling: Mapping[str, Any]  # only the fields that the client set
+    sampling: Mapping[str, Any] | SamplingParams  # only the fields that the client set; or all, from the own program
     model: Any = None
     priority: Any = 0
     cache_salt: Any = ""
@@ -88,11 +88,14 @@ class Validator:
     async def resolve(self, ask: Ask, request_id: str) -> Resolved:
         """Raises RequestError naming the field at fault. Long texts are tokenized in a thread."""
         self.check_model(ask.model)
-        raw = dict(ask.sampling)
+        raw = {} if isinstance(ask.sampling, SamplingParams) else dict(ask.sampling)
         is_prompt_only = ask.echoes and type(raw.get("max_tokens")) is int and raw["max_tokens"] == 0
         if is_prompt_only:
             raw["max_tokens"] = 1
-        sampling = self.check_sampling(raw, ask.fills_context)
+        if isinstance(ask.sampling, SamplingParams):
+            sampling = self._within_limits(ask.sampling)
+        else:
+            sampling = self.check_sampling(raw, ask.fills_context)
         priority = check_int(ask.priority, "priority", -_INT32, _INT32 - 1)
         salt = with_callers_salt(_check_salt(ask.cache_salt))
         sources = check_prompts(ask.prompt, ask.prompt_param)
@@ -108,7 +111,7 @@ class Validator:
         resolved = Resolved(sources, prompts, sampling.n, is_prompt_only, ask.visible_tokens)
         bad_words = tokenize_bad_words(sampling.bad_words, self.tokenizer)
         for token_ids in prompts:
-            fitted = self._fit_context(sampling, len(token_ids), "max_tokens" in ask.sampling, ask)
+            fitted = self._fit_context(sampling, len(token_ids), "max_tokens" in raw, ask)
             seed = self._seeds.getrandbits(63)
             candidates: list[GenerationRequest] = []
             for one in resolve_sampling(fitted, len(token_ids), self.limits.max_model_len, seed):
@@ -148,6 +151,9 @@ class Validator:
             sampling = SamplingParams.model_validate(values, strict=True)  # "1" and true are no numbers
         except ValidationError as error:
             raise _sampling_error(error)
+        return self._within_limits(sampling)
+
+    def _within_limits(self, sampling: SamplingParams) -> SamplingParams:
         for text in sampling.stop:
             if len(text) > MAX_STOP_CHARACTERS:
                 message = f"stop: a stop string has {len(text)} characters; at most {MAX_STOP_CHARACTERS} are possible"

@@ -56,7 +56,8 @@ class RequestOutput:
     metrics: RequestMetrics
     num_cached_tokens: int = 0  # prompt tokens whose KV the prefix cache held, for the first completion
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # per prompt token, None for the first; if asked for
+    is_partial: bool = False  # one of a stream, with more to come
 
     @property
     def finished(self) -> bool:
-        return all(output.finish_reason is not None for output in self.outputs)
+        return not self.is_partial and all(output.finish_reason is not None for output in self.outputs)

@@ -80,6 +80,12 @@ class EngineThread:
 
         return asyncio.run_coroutine_threadsafe(run(), self._loop).result()
 
+    def drain(self, timeout_s: float) -> bool:
+        """As of the engine. Raises EngineLostError once it has been closed."""
+        if self._loop.is_closed():
+            raise EngineLostError("the engine was closed")
+        return asyncio.run_coroutine_threadsafe(self._running_engine().drain(timeout_s), self._loop).result()
+
     def close(self) -> None:
         """Ends the engine and the thread. May be called twice."""
         if self._loop.is_closed():

@@ -4,16 +4,33 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from manta.cluster.async_llm import AsyncLLM
+    from manta.cluster.doors.errors import RequestError
+    from manta.cluster.engine.outputs import RequestOutput
     from manta.cluster.llm import LLM
     from manta.configs.beam_search import BeamSearchParams
-    from manta.configs.sampling import SamplingParams
+    from manta.configs.sampling import RequestOutputKind, SamplingParams
     from manta.configs.structured_outputs import StructuredOutputsParams
 
-__all__ = ["LLM", "BeamSearchParams", "SamplingParams", "StructuredOutputsParams", "__version__"]
+__all__ = [
+    "LLM",
+    "AsyncLLM",
+    "BeamSearchParams",
+    "RequestError",
+    "RequestOutput",
+    "RequestOutputKind",
+    "SamplingParams",
+    "StructuredOutputsParams",
+    "__version__",
+]
 
 _HOMES = {
     "LLM": "manta.cluster.llm",
+    "AsyncLLM": "manta.cluster.async_llm",
     "BeamSearchParams": "manta.configs.beam_search",
+    "RequestError": "manta.cluster.doors.errors",
+    "RequestOutput": "manta.cluster.engine.outputs",
+    "RequestOutputKind": "manta.configs.sampling",
     "SamplingParams": "manta.configs.sampling",
     "StructuredOutputsParams": "manta.configs.structured_outputs",
 }

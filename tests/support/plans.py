@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from manta.protos.sampling_pb2 import Sampling
+from manta.protos.sampling_pb2 import Pooling, Sampling
 from manta.protos.worker_pb2 import SeqAdd, StepPlan, StepResult
 
 GREEDY = Sampling(top_p=1.0, repetition_penalty=1.0)
@@ -24,6 +24,7 @@ def seq_add(
     num_prompt_tokens: int | None = None,
     num_computed: int = 0,
     sampling: Sampling = GREEDY,
+    pooling: Pooling | None = None,
 ) -> SeqAdd:
     """A SeqAdd with numbers for columns."""
     return SeqAdd(
@@ -35,6 +36,7 @@ def seq_add(
         max_length=max_length,
         blocks=uint32(blocks),
         sampling=sampling,
+        pooling=pooling,
     )
 
 

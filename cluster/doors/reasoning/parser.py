@@ -20,10 +20,18 @@ class ReasoningParser:
         self._events: list[Event] = []
         self._held = ""
         self._plain = plain_text(end[0])
+        self._num_read = 0  # characters
+        self._thought_end: int | None = None
         self._state: Callable[[str], None] = self._before
 
+    @property
+    def num_thought_characters(self) -> int:
+        """How much of the text so far is thinking, tags included."""
+        return self._num_read if self._thought_end is None else self._thought_end
+
     def push(self, text: str) -> list[Event]:
-        position = 0
+        position, start = 0, self._num_read
+        self._num_read += len(text)
         while position < len(text):
             if self._state == self._content:
                 self._events.append(Content(text[position:]))
@@ -36,6 +44,8 @@ class ReasoningParser:
                     continue
             self._state(text[position])
             position += 1
+            if self._thought_end is None and self._state in (self._behind, self._content):
+                self._thought_end = start + position if self._state == self._behind else 0
         return self._take_events()
 
     def flush(self) -> list[Event]:
@@ -43,6 +53,8 @@ class ReasoningParser:
         if self._held:
             is_thought = self._state != self._before or self._is_open
             self._events.append(Reasoning(self._held) if is_thought else Content(self._held))
+            if not is_thought:
+                self._thought_end = 0
             self._held = ""
         return self._take_events()
 

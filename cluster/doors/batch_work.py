@@ -1,0 +1,34 @@
+"""Batches of one frontend, put together: the folder, and what runs the lines when it is this frontend's turn."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from manta.cluster.batches.background import BackgroundClient
+from manta.cluster.batches.gate import Gate, Room
+from manta.cluster.batches.keeper import Keeper
+from manta.cluster.batches.runner import Runner
+from manta.cluster.batches.store import BatchStore
+from manta.cluster.doors import patience
+from manta.cluster.doors.generation import Running
+from manta.cluster.doors.http import build_app
+from manta.cluster.doors.local_calls import LocalCalls
+from manta.cluster.doors.service import Service
+from manta.configs.schema import ServeConfig
+
+
+async def open_store(config: ServeConfig) -> BatchStore | None:
+    """None without --batch-dir. Raises StorageError."""
+    if config.batch_dir is None:
+        return None
+    return await BatchStore.open(Path(config.batch_dir).expanduser(), config.max_batch_file_bytes)
+
+
+def new_keeper(service: Service, store: BatchStore) -> Keeper:
+    """Lines go through endpoints of their own, which differ in one thing: their requests have the lowest priority."""
+    config = service.config
+    client = BackgroundClient(service.client)
+    background = replace(service, client=client, running=Running(client, service.validator.tokenizer))
+    calls = LocalCalls(build_app(background).routes, config.tenant_cache_isolation)
+    num_slots = config.max_num_seqs * config.data_parallel_size
+    gate = Gate(service.client.load, Room(num_slots, config.max_num_batch_seqs))
+    return Keeper(store, Runner(store, calls, gate, patience.MAX_BODY_BYTES), gate)

@@ -1,0 +1,94 @@
+"""The other frontends that listen on the same port: who asks one of them for what another one has is passed on.
+
+Each frontend has a name, which is part of the ids of what it keeps, and listens on a Unix socket of that name in a
+folder that only this user can enter.
+"""
+
+import contextlib
+import os
+import secrets
+import socket
+import stat
+import tempfile
+from pathlib import Path
+
+import httpx
+from starlette.datastructures import Headers
+from starlette.types import Scope, Send
+
+NAME_CHARACTERS = 8
+_REQUEST_HEADERS = ("authorization", "x-api-key", "content-type", "accept")
+_ANSWER_HEADERS = ("content-type", "content-length", "retry-after", "cache-control", "x-accel-buffering")
+_CONNECT_TIMEOUT_S = 5.0
+
+
+class PeerError(OSError):
+    """The socket cannot be made; the message is one sentence."""
+
+
+class Peers:
+    """Owns the socket of its frontend. Without `listen` there are no others."""
+
+    def __init__(self) -> None:
+        self.name = secrets.token_hex(NAME_CHARACTERS // 2)
+        self._folder: Path | None = None
+
+    def listen(self, http_port: int) -> socket.socket:
+        """The socket for those who share `http_port`. Raises PeerError."""
+        folder = Path(tempfile.gettempdir()) / f"manta-{os.getuid()}"
+        try:
+            for each in (folder, folder / str(http_port)):
+                each.mkdir(mode=0o700, exist_ok=True)
+            status = folder.lstat()
+            if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
+                raise PeerError(f"{folder} must be a folder that only this user can enter; remove it")
+            self._folder = folder / str(http_port)
+            listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            listener.bind(str(self._folder / self.name))
+        except OSError as error:
+            if isinstance(error, PeerError):
+                raise
+            raise PeerError(f"frontends cannot reach each other through {folder}: {error.strerror or error}") from None
+        listener.listen(2048)
+        listener.setblocking(False)
+        return listener
+
+    def close(self) -> None:
+        if self._folder is not None:
+            (self._folder / self.name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # others are still there
+                self._folder.rmdir()
+
+    def socket_of(self, name: str) -> Path | None:
+        """Where another frontend of this name listens; None if there is none."""
+        if self._folder is None or name == self.name or not name.isalnum():
+            return None
+        path = self._folder / name
+        return path if path.is_socket() else None
+
+    async def pass_on(self, path: Path, scope: Scope, body: bytes, send: Send) -> bool:
+        """Lets the frontend at `path` answer the request. False if nobody is there."""
+        given = Headers(scope=scope)
+        headers = {name: given[name] for name in _REQUEST_HEADERS if name in given}
+        headers |= {"x-request-id": scope["request_id"], "accept-encoding": "identity"}
+        url = httpx.URL("http://frontend", raw_path=scope["raw_path"] + _query(scope))
+        timeout = httpx.Timeout(None, connect=_CONNECT_TIMEOUT_S)
+        transport = httpx.AsyncHTTPTransport(uds=str(path))
+        async with httpx.AsyncClient(transport=transport, timeout=timeout, trust_env=False) as client:
+            try:
+                request = client.build_request(scope["method"], url, headers=headers, content=body)
+                answer = await client.send(request, stream=True)
+            except (httpx.ConnectError, httpx.ConnectTimeout):
+                return False
+            async with contextlib.aclosing(answer):
+                kept = [(name.encode(), answer.headers[name].encode()) for name in _ANSWER_HEADERS
+                        if name in answer.headers]  # fmt: skip
+                await send({"type": "http.response.start", "status": answer.status_code, "headers": kept})
+                async for piece in answer.aiter_raw():
+                    await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+        return True
+
+
+def _query(scope: Scope) -> bytes:
+    return b"?" + scope["query_string"] if scope["query_string"] else b""
