@@ -112,6 +112,12 @@ class ServeConfig(BaseModel):
     shutdown_timeout: float = option(
         30.0, "Front end", "seconds that running requests get to finish on shutdown", ge=0.0
     )
+    restart_limit: int = option(
+        3,
+        "Front end",
+        "a worker group, the scheduler or a frontend that fails so often within a minute is given up",
+        ge=1,
+    )
     batch_dir: str | None = option(
         None, "Batches", "folder on a local disk for /v1/files and /v1/batches, which do not exist without it"
     )

@@ -17,7 +17,7 @@ from manta.protos import engine_pb2_grpc
 
 logger = logging.getLogger(__name__)
 
-MAX_FAILURES, WITHIN_S = 3, 60.0  # so many within this time, or starts in a row that fail, and a part is given up
+WITHIN_S = 60.0  # config.restart_limit failures within this time, or starts in a row that fail: a part is given up
 _CALL_TIMEOUT_S = 1.5
 _NUM_SILENT = 3  # calls that the scheduler may leave unanswered: it never blocks, but its host may be loaded
 _LOAD_TIMEOUT_S = 3600.0
@@ -62,11 +62,16 @@ class Keeper:
         with self._changed:
             return self._why_over()
 
-    def close(self) -> None:
-        """Begins no more repairs and waits for those under way, which the launcher's `stop` ends."""
+    def end(self) -> None:
+        """Begins no more repairs; those under way end at their next turn, or with the launcher."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+
+    def close(self) -> None:
+        """Waits for the end of the repairs. The launcher has stopped."""
+        self.end()
+        with self._changed:
             threads = list(self._repairs.values())
         self._channel.close()
         for thread in threads:
@@ -91,10 +96,11 @@ class Keeper:
         """`_changed` is held."""
         if self._closed:
             return
-        times = self._failed_s.setdefault(part, deque(maxlen=MAX_FAILURES))
+        limit = self._config.restart_limit
+        times = self._failed_s.setdefault(part, deque(maxlen=limit))
         times.append(self._clock())
-        if len(times) == MAX_FAILURES and times[-1] - times[0] <= WITHIN_S:
-            self._give_up(part, f"{reason} ({MAX_FAILURES} times within {WITHIN_S:.0f} s)")
+        if len(times) == limit and times[-1] - times[0] <= WITHIN_S:
+            self._give_up(part, f"{reason} ({limit} times within {WITHIN_S:.0f} s)")
             return
         _tell(f"{reason}; {_name(part)} is started again")
         if part[0] == "worker":
@@ -105,7 +111,7 @@ class Keeper:
 
     def _repair(self, part: Part, began_s: float) -> None:
         """Until the part serves, or has failed too often."""
-        for attempt in range(1, MAX_FAILURES + 1):
+        for attempt in range(1, self._config.restart_limit + 1):
             try:
                 self._start_again(part)
                 _tell(f"{_name(part)} serves again after {self._clock() - began_s:.1f} s")
@@ -118,7 +124,7 @@ class Keeper:
             with self._changed:
                 if self._closed:
                     return
-                if attempt == MAX_FAILURES:
+                if attempt == self._config.restart_limit:
                     self._give_up(part, str(reason))
                 else:
                     _tell(f"{_name(part)} could not be started again: {reason}")

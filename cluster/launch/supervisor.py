@@ -104,10 +104,13 @@ class Supervisor:
     def _watch(self, launcher: Launcher, scheduler: str) -> str | None:
         """Returns None when told to stop, or why the deployment cannot go on."""
         keeper = self._keeper = Keeper(self._config, launcher, scheduler, self._workers)
-        while not self._stop.wait(_WATCH_INTERVAL_S):
-            if why := keeper.look():
-                return why
-        return None
+        try:
+            while not self._stop.wait(_WATCH_INTERVAL_S):
+                if why := keeper.look():
+                    return why
+            return None
+        finally:
+            keeper.end()
 
     def _timed(self, phase: str) -> "_Timed":
         return _Timed(self._phases, phase)

@@ -92,12 +92,12 @@ def test_killed_parent_leaves_nothing() -> None:
         wait_until(lambda: not server.processes(), 15, "the end of the orphans")
 
 
-def test_killed_worker_is_named_and_everything_ends() -> None:
-    with ServerProcess(*LOCAL).wait_ready() as server:
+def test_a_worker_that_is_killed_too_often_is_named_and_everything_ends() -> None:
+    with ServerProcess(*LOCAL, "--restart-limit", "1").wait_ready() as server:
         worker = next(pid for pid, command in server.processes().items() if "manta.workers.main" in command)
         os.kill(worker, signal.SIGKILL)
         assert server.wait(60) == 1
-        assert "worker 0 was killed by SIGKILL" in server.output
+        assert "error: worker 0 was killed by SIGKILL" in server.output
 
 
 def test_a_killed_replica_costs_no_stream() -> None:
@@ -121,7 +121,7 @@ def test_a_killed_replica_costs_no_stream() -> None:
             worker = next(pid for pid, command in server.processes().items() if "manta.workers.main" in command)
             os.kill(worker, signal.SIGKILL)
             together = [answer.result() for answer in running]
-        server.wait_for("worker . was killed by SIGKILL; the other replicas go on", 10)
+        server.wait_for("worker . was killed by SIGKILL; replica . is started again", 10)
         assert together == [complete(body) for body in bodies]
         assert server.interrupt() == 0
 

@@ -1,0 +1,239 @@
+"""What is started again, in which order, and when it is given up; processes and the scheduler are stand-ins."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import pytest
+
+from manta.cluster.launch.keeper import Keeper
+from manta.cluster.launch.launcher import Death, FrontendAddress, LaunchError, Part
+from manta.configs.schema import ServeConfig
+from manta.protos import engine_pb2 as pb
+from manta.protos import engine_pb2_grpc
+
+
+class Engine(engine_pb2_grpc.EngineServicer):
+    """Believes that its replicas serve until a test says otherwise."""
+
+    def __init__(self, num_replicas: int) -> None:
+        self.replicas = [pb.ReplicaLoad() for _ in range(num_replicas)]
+        self.done: list[str] = []
+        self.refuses = ""
+        self.silent = False
+        self.may_answer = threading.Event()
+
+    def GetLoad(self, request: pb.LoadRequest, context: grpc.ServicerContext) -> pb.LoadResponse:
+        if self.silent:
+            self.may_answer.wait(20)
+        return pb.LoadResponse(replicas=self.replicas)
+
+    def ReplaceWorkers(
+        self, request: pb.ReplaceWorkersRequest, context: grpc.ServicerContext
+    ) -> pb.ReplaceWorkersResponse:
+        self.done.append(f"replica {request.replica} gets {' '.join(request.workers)}")
+        if self.refuses:
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, self.refuses)
+        self.replicas[request.replica].Clear()
+        return pb.ReplaceWorkersResponse()
+
+    def GiveUpReplica(
+        self, request: pb.GiveUpReplicaRequest, context: grpc.ServicerContext
+    ) -> pb.GiveUpReplicaResponse:
+        self.done.append(f"replica {request.replica} is given up: {request.reason}")
+        return pb.GiveUpReplicaResponse()
+
+
+class FakeLauncher:
+    """Starts at once what a test does not hold back; dead is what the test says."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.dead: dict[Part, str] = {}
+        self.errors: list[str] = []  # of the next starts
+        self.may_start = threading.Event()
+        self.may_start.set()
+        self._engine = engine
+        self._num_started = 0
+
+    def _start(self, part: Part) -> int:
+        assert self.may_start.wait(20)
+        self._num_started += 1
+        if self.errors:
+            raise LaunchError(self.errors.pop(0))
+        self.dead.pop(part, None)
+        return self._num_started
+
+    def replace_workers(self, config: ServeConfig, replica: int) -> list[str]:
+        return [f"new:{self._start(('worker', replica))}"]
+
+    def replace_scheduler(self, config: ServeConfig, workers: list[list[str]]) -> None:
+        self._start(("scheduler", 0))
+        self._engine.silent = False
+        self._engine.done.append(f"scheduler for {workers}")
+
+    def replace_frontend(self, config: ServeConfig, index: int) -> None:
+        self._start(("frontend", index))
+        self._engine.done.append(f"frontend {index}")
+
+    def deaths(self) -> list[Death]:
+        return [Death(reason, part) for part, reason in self.dead.items()]
+
+    def start_workers(self, config: ServeConfig) -> list[list[str]]:
+        raise NotImplementedError
+
+    def start_scheduler(self, config: ServeConfig, workers: list[list[str]]) -> str:
+        raise NotImplementedError
+
+    def prepare_frontends(self, config: ServeConfig) -> None:
+        raise NotImplementedError
+
+    def open_frontends(self, config: ServeConfig, scheduler: str) -> FrontendAddress:
+        raise NotImplementedError
+
+    def stop(self, grace_s: float) -> None:
+        raise NotImplementedError
+
+
+class World:
+    def __init__(self, **config: object) -> None:
+        self.config = ServeConfig.model_validate({"model": "m", "data_parallel_size": 2} | config)
+        self.engine = Engine(self.config.data_parallel_size)
+        self.launcher = FakeLauncher(self.engine)
+        self._server = grpc.server(ThreadPoolExecutor(8))
+        engine_pb2_grpc.add_EngineServicer_to_server(self.engine, self._server)
+        port = self._server.add_insecure_port("127.0.0.1:0")
+        self._server.start()
+        self.now_s = 0.0
+        workers = [[f"old:{replica}"] for replica in range(self.config.data_parallel_size)]
+        self.keeper = Keeper(self.config, self.launcher, f"127.0.0.1:{port}", workers, clock=lambda: self.now_s)
+        self.over: str | None = None
+
+    def look_until(self, condition: Callable[[], bool]) -> None:
+        deadline_s = time.monotonic() + 20
+        while not condition():
+            assert time.monotonic() < deadline_s, f"not in time; done: {self.engine.done}"
+            self.over = self.keeper.look()
+            time.sleep(0.005)
+
+    def settle(self) -> None:
+        """Until no repair is under way."""
+        self.look_until(lambda: not self.keeper._repairs)
+
+    def close(self) -> None:
+        self.engine.may_answer.set()
+        self.keeper.close()
+        self._server.stop(None).wait()
+
+
+@pytest.fixture
+def make() -> Iterator[Callable[..., World]]:
+    worlds: list[World] = []
+
+    def new(**config: object) -> World:
+        worlds.append(World(**config))
+        return worlds[-1]
+
+    yield new
+    for world in worlds:
+        world.close()
+
+
+def test_where_all_is_well_nothing_is_done(make: Callable[..., World]) -> None:
+    world = make()
+    for _ in range(3):
+        assert world.keeper.look() is None
+    assert world.engine.done == []
+
+
+def test_a_dead_worker_and_a_lost_replica_get_new_workers(make: Callable[..., World]) -> None:
+    world = make()
+    world.launcher.dead["worker", 1] = "worker 1 was killed"
+    world.look_until(lambda: len(world.engine.done) == 1)
+    world.settle()
+    world.engine.replicas[0].state = pb.ReplicaLoad.LOST
+    world.look_until(lambda: len(world.engine.done) == 2)
+    world.settle()
+    assert world.engine.done == ["replica 1 gets new:1", "replica 0 gets new:2"]
+    assert world.over is None
+
+
+def test_a_dead_scheduler_is_started_for_the_workers_that_there_are_by_then(make: Callable[..., World]) -> None:
+    world = make()
+    world.launcher.may_start.clear()
+    world.launcher.dead["worker", 1] = world.launcher.dead["scheduler", 0] = "killed"
+    world.look_until(lambda: len(world.keeper._repairs) == 2)
+    assert world.engine.done == []
+    world.launcher.may_start.set()
+    world.look_until(lambda: len(world.engine.done) == 2)
+    world.settle()
+    assert world.engine.done == ["scheduler for [['old:0'], ['new:1']]", "replica 1 gets new:1"]
+
+
+def test_a_silent_scheduler_is_replaced(make: Callable[..., World], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("manta.cluster.launch.keeper._CALL_TIMEOUT_S", 0.05)
+    world = make()
+    world.engine.silent = True
+    world.look_until(lambda: bool(world.engine.done))
+    world.settle()
+    assert world.engine.done == ["scheduler for [['old:0'], ['old:1']]"]
+
+
+def test_a_dead_frontend_is_replaced(make: Callable[..., World]) -> None:
+    world = make(api_server_count=2)
+    world.launcher.dead["frontend", 1] = "killed"
+    world.look_until(lambda: bool(world.engine.done))
+    world.settle()
+    assert world.engine.done == ["frontend 1"]
+
+
+def test_what_dies_too_often_within_a_minute_is_given_up(make: Callable[..., World]) -> None:
+    world = make(data_parallel_size=1)
+    for now_s in (0.0, 50.0, 70.0):  # never three times in 60 s
+        world.now_s = now_s
+        world.launcher.dead["worker", 0] = "worker 0 was killed"
+        world.look_until(lambda: not world.launcher.dead)
+        world.settle()
+        assert world.over is None
+    world.now_s = 90.0
+    world.launcher.dead["worker", 0] = "worker 0 was killed"
+    world.look_until(lambda: world.over is not None)
+    assert world.over == "worker 0 was killed (3 times within 60 s)"
+    assert world.engine.done[-1] == f"replica 0 is given up: {world.over}"
+
+
+def test_others_go_on_when_one_is_given_up(make: Callable[..., World]) -> None:
+    world = make(restart_limit=1)
+    world.launcher.dead["worker", 0] = "worker 0 was killed"
+    world.look_until(lambda: bool(world.engine.done))
+    assert world.engine.done == ["replica 0 is given up: worker 0 was killed (1 times within 60 s)"]
+    assert world.keeper.look() is None
+    assert len(world.engine.done) == 1
+
+
+@pytest.mark.parametrize("where", ["launcher", "engine"])
+def test_what_cannot_be_started_is_given_up(
+    make: Callable[..., World], where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("manta.cluster.launch.keeper._RETRY_S", 0.0)
+    world = make(data_parallel_size=1)
+    if where == "launcher":
+        world.launcher.errors = ["no room"] * 3
+    else:
+        world.engine.refuses = "no room"
+    world.launcher.dead["worker", 0] = "killed"
+    world.look_until(lambda: world.over is not None)
+    assert world.over == "no room"
+    assert world.engine.done[-1] == "replica 0 is given up: no room"
+
+
+def test_closing_ends_a_repair(make: Callable[..., World], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("manta.cluster.launch.keeper._RETRY_S", 20.0)
+    world = make()
+    world.launcher.errors = ["no room"]
+    world.launcher.dead["worker", 0] = "killed"
+    world.look_until(lambda: not world.launcher.errors)
+    threads = list(world.keeper._repairs.values())
+    world.keeper.close()
+    assert not any(thread.is_alive() for thread in threads)
