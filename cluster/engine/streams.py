@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 
 import numpy as np
 
-from manta.cluster.engine.codec import encode_sampling, int32_bytes
+from manta.cluster.engine.codec import encode_pooling, encode_sampling, int32_bytes
 from manta.cluster.engine.types import (
     Beams,
     DrainingError,
@@ -16,6 +16,7 @@ from manta.cluster.engine.types import (
     TokenChunk,
     UnavailableError,
 )
+from manta.configs.pooling import Pooling
 from manta.protos import engine_pb2 as pb
 
 
@@ -57,6 +58,7 @@ class RequestStream:
             chunk.finish_reason = self.finished.reason
             chunk.stop_token = self.finished.stop_token if self.finished.HasField("stop_token") else None
             chunk.error = self.finished.error
+            chunk.vector = self.finished.vector
             if self.finished.HasField("cumulative_logprob"):
                 chunk.cumulative_logprob = self.finished.cumulative_logprob
         return chunk
@@ -115,7 +117,9 @@ class StreamTable:
 
 
 async def run_request(
-    streams: StreamTable, request: GenerationRequest, send: Callable[[pb.FrontendMessage], None]
+    streams: StreamTable,
+    request: GenerationRequest,
+    send: Callable[[pb.FrontendMessage], None],
 ) -> AsyncIterator[TokenChunk]:
     """Submits, yields chunks up to the one with a finish_reason, and aborts if the reader leaves before that."""
     stream = streams.open()
@@ -183,6 +187,8 @@ class RequestGroup:
 
 def build_submit(handle: int, request: GenerationRequest, num_sequences: int = 1) -> pb.Submit:
     """Of several sequences `request` is the first. Raises ValueError when max_tokens or the seed is not resolved."""
+    if request.pooling is not None:
+        return _build_pooling(handle, request, request.pooling)
     sampling = request.sampling
     if sampling.max_tokens is None:
         raise ValueError("max_tokens must be resolved before a request is sent")
@@ -200,6 +206,18 @@ def build_submit(handle: int, request: GenerationRequest, num_sequences: int = 1
         cache_salt=request.cache_salt.encode(),
         num_sequences=num_sequences if num_sequences > 1 else 0,
         beams=None if request.beams is None else _encode_beams(request.beams),
+    )
+
+
+def _build_pooling(handle: int, request: GenerationRequest, pooling: Pooling) -> pb.Submit:
+    return pb.Submit(
+        handle=handle,
+        request_id=request.request_id,
+        prompt_tokens=int32_bytes(request.prompt_token_ids),
+        priority=request.priority,
+        tenant=request.tenant,
+        cache_salt=request.cache_salt.encode(),
+        pooling=encode_pooling(pooling),
     )
 
 
