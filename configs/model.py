@@ -16,6 +16,8 @@ ARCHITECTURES = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
 }
+# Checkpoints without an LM head, of models that make embeddings.
+HEADLESS = {name.replace("ForCausalLM", "Model"): family for name, family in ARCHITECTURES.items()}
 _DTYPES: dict[str, DType] = {
     "bfloat16": "bfloat16", "bf16": "bfloat16",
     "float16": "float16", "half": "float16", "fp16": "float16",
@@ -63,6 +65,7 @@ class ModelSpec(BaseModel):
     mlp_bias: bool
     qk_norm: bool
     tie_word_embeddings: bool
+    has_lm_head: bool = True  # else nothing can be generated
     dtype: DType
     eos_token_ids: tuple[int, ...]
     quantization: QuantizationSpec | None = None  # of the checkpoint's weights
@@ -72,28 +75,37 @@ class ModelSpec(BaseModel):
         """Parameters of the whole model."""
         attention = self.hidden_size * self.head_dim * 2 * (self.num_heads + self.num_kv_heads)
         layer = attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
-        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        num_matrices = 2 if self.has_lm_head and not self.tie_word_embeddings else 1
+        embeddings = self.vocab_size * self.hidden_size * num_matrices
         return embeddings + self.num_layers * layer + self.hidden_size
 
 
 def read_model_spec(folder: Path) -> ModelSpec:
-    """Parses `folder/config.json` (and generation_config.json for end-of-sequence ids). Raises ModelError."""
+    """Parses `folder/config.json` (and generation_config.json for end-of-sequence ids). Raises ModelError.
+
+    An embedding model of sentence-transformers may name the architecture with a head and have none.
+    """
     if not folder.is_dir():
         raise ModelError(f"model folder {str(folder)!r} does not exist")
     config = read_json(folder / "config.json")
     if config is None:
         raise ModelError(f"{str(folder)!r} has no config.json: it is not a Hugging Face model folder")
     generation = read_json(folder / "generation_config.json") or {}
-    return parse_model_spec(config, generation)
+    spec = parse_model_spec(config, generation)
+    if spec.has_lm_head and not spec.tie_word_embeddings and (folder / "modules.json").is_file():
+        names = tensor_names(folder)
+        if names and "lm_head.weight" not in names:
+            return spec.model_copy(update={"has_lm_head": False})
+    return spec
 
 
 def parse_model_spec(config: dict[str, Any], generation: dict[str, Any]) -> ModelSpec:
     """Builds the spec from parsed JSON. Raises ModelError for what Manta does not serve."""
     names = config.get("architectures") or ["(none)"]
     architecture = names[0]
-    if architecture not in ARCHITECTURES:
+    if architecture not in ARCHITECTURES | HEADLESS:
         raise ModelError(f"architecture {architecture!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
-    family = ARCHITECTURES[architecture]
+    family = (ARCHITECTURES | HEADLESS)[architecture]
     try:
         num_heads = int(config["num_attention_heads"])
         num_layers = int(config["num_hidden_layers"])
@@ -119,6 +131,7 @@ def parse_model_spec(config: dict[str, Any], generation: dict[str, Any]) -> Mode
             mlp_bias=family == "llama" and bool(config.get("mlp_bias", False)),
             qk_norm=family == "qwen3",
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+            has_lm_head=architecture in ARCHITECTURES,
             dtype=_dtype(config),
             eos_token_ids=_token_ids(generation.get("eos_token_id", config.get("eos_token_id"))),
             quantization=_quantization(config),
@@ -127,17 +140,38 @@ def parse_model_spec(config: dict[str, Any], generation: dict[str, Any]) -> Mode
         raise ModelError(f"config.json lacks {error.args[0]!r}") from None
 
 
+def tensor_names(folder: Path) -> set[str]:
+    """Of the safetensors files of a folder, by their index or their headers. Raises ModelError."""
+    index = read_json(folder / "model.safetensors.index.json")
+    if index is not None:
+        return set(index.get("weight_map") or ())
+    names: set[str] = set()
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            try:
+                names |= json.loads(file.read(min(length, path.stat().st_size))).keys()
+            except (ValueError, AttributeError) as error:
+                raise ModelError(f"{path} cannot be read as safetensors: {error}") from None
+    return names - {"__metadata__"}
+
+
 def read_json(path: Path) -> dict[str, Any] | None:
     """The JSON object in a file, None if there is no such file. Raises ModelError."""
+    value = read_json_value(path)
+    if value is None or isinstance(value, dict):
+        return value
+    raise ModelError(f"{path} must hold a JSON object")
+
+
+def read_json_value(path: Path) -> Any:
+    """The JSON in a file, None if there is no such file. Raises ModelError."""
     if not path.is_file():
         return None
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ModelError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ModelError(f"{path} must hold a JSON object")
-    return value
 
 
 def _dtype(config: dict[str, Any]) -> DType:

@@ -37,6 +37,14 @@ class ServeConfig(BaseModel):
         "auto", "Model", "dummy gives random weights, for measurements"
     )
     seed: int = option(0, "Model", "seed of random weights and of unseeded requests' seeds", ge=0, le=2**32 - 1)
+    pooling_type: Literal["last", "mean", "cls"] | None = option(
+        None,
+        "Model",
+        "which hidden states become an embedding; unset: as the model's sentence-transformers files, or last",
+    )
+    pooling_normalize: Literal["auto", "on", "off"] = option(
+        "auto", "Model", "bring embeddings to length 1; auto: as these files say, on without any"
+    )
     chat_template: str | None = option(None, "Model", "jinja file or text used instead of the tokenizer's own")
     quantization: Literal["fp8"] | None = option(
         None,

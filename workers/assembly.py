@@ -31,6 +31,7 @@ def assemble(config: ServeConfig, model: CausalLM, num_blocks: int) -> Runner:
     )
     stage = Stage(model, mesh, kv_cache, limits, HiddenShape(spec.hidden_size, model.dtype))
     on_device = mesh.device.type == "cuda" and ops.has_gpu_kernels()
-    record = CudaRecorder() if on_device and ops.can_be_recorded() and not config.enforce_eager else None
+    can_record = on_device and ops.can_be_recorded() and not config.enforce_eager
+    record = CudaRecorder() if can_record and spec.has_lm_head else None
     grammars = grammars_of(config, spec) if mesh.is_last_stage else None
     return Runner(stage, on_device=on_device, record=record, grammars=grammars)

@@ -13,10 +13,14 @@ from manta.workers.read_ahead import Extent
 from manta.workers.weights import WeightError
 
 INDEX_NAME = "model.safetensors.index.json"
+_PREFIX = "model."
 
 
 class Checkpoint:
-    """The tensors of a model folder. A context manager: files are opened when first needed and closed at its end."""
+    """The tensors of a model folder. A context manager: files are opened when first needed and closed at its end.
+
+    Of a model saved without its head, whose tensors lack the prefix `model.`, they have it here all the same.
+    """
 
     def __init__(self, folder: Path) -> None:
         """Raises WeightError if the folder has no safetensors weights, or not the files its index names."""
@@ -24,7 +28,10 @@ class Checkpoint:
         self._stack = ExitStack()
         self._open: dict[str, Any] = {}
         self._offsets: dict[str, dict[str, tuple[int, int]]] = {}
-        self.file_of = self._read_index() if (folder / INDEX_NAME).is_file() else self._read_headers()
+        found = self._read_index() if (folder / INDEX_NAME).is_file() else self._read_headers()
+        has_prefix = any(name.startswith(_PREFIX) for name in found)
+        self._stored = {name if has_prefix or name == "lm_head.weight" else _PREFIX + name: name for name in found}
+        self.file_of = {name: found[stored] for name, stored in self._stored.items()}
 
     def __enter__(self) -> Self:
         return self
@@ -49,14 +56,14 @@ class Checkpoint:
         if file not in self._offsets:
             self._offsets[file] = _read_offsets(self.folder / file)
         try:
-            return Extent(self.folder / file, *self._offsets[file][name])
+            return Extent(self.folder / file, *self._offsets[file][self._stored[name]])
         except KeyError:
             raise WeightError(f"tensor {name!r} is not in {self.folder / file}, where the index has it") from None
 
     def _slice(self, name: str) -> Any:
         file = self.file_of[name]
         try:
-            return self._file(file).get_slice(name)
+            return self._file(file).get_slice(self._stored[name])
         except SafetensorError as error:
             raise WeightError(f"tensor {name!r} cannot be read from {self.folder / file}: {error}") from error
 

@@ -105,8 +105,10 @@ def _check_names(checkpoint: ScaledCheckpoint, spec: ModelSpec) -> None:
 
 
 def _is_ignored(name: str, spec: ModelSpec) -> bool:
-    """Old checkpoints store the rotary frequencies, and tied ones the head a second time."""
-    return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and spec.tie_word_embeddings)
+    """Old checkpoints store the rotary frequencies, tied ones the head a second time, and others one that is not to be
+    used."""
+    is_extra_head = name == "lm_head.weight" and (spec.tie_word_embeddings or not spec.has_lm_head)
+    return name.endswith("rotary_emb.inv_freq") or is_extra_head
 
 
 def _check_shape(checkpoint: ScaledCheckpoint, name: str, shape: tuple[int, ...]) -> None:

@@ -13,6 +13,8 @@ from manta.workers.pooled_prompt import PooledPrompt
 from manta.workers.slot_table import Rows
 from manta.workers.transfer import download, upload
 
+MAX_POOLED_TOKENS = 1024  # at a time, whatever the step: what scoring takes at most is more memory
+
 
 @dataclass(frozen=True, slots=True)
 class Pieces:
@@ -22,6 +24,12 @@ class Pieces:
     is_last: list[bool]  # P: whether the prompt ends with the step
     tokens: Ints  # int64 [S]: which of the step's T tokens count, ascending
     counts: Ints  # int64 [P]: how many of these are of each prompt; 0 is possible
+
+    def counts_within(self, begin: int, end: int) -> Ints:
+        """int64 [P]: how many of tokens[begin:end] are of each prompt."""
+        ends = np.cumsum(self.counts)
+        within: Ints = np.minimum(ends, end) - np.maximum(ends - self.counts, begin)
+        return np.maximum(within, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +85,12 @@ class Pooler:
         if not self._is_output_rank:
             return None
         index = pieces.tokens if kept is None else np.searchsorted(kept, pieces.tokens)
-        at, counts = upload([index, pieces.counts], hidden.device)
-        sums = hidden[at].float()
-        if (pieces.counts != 1).any():
-            sums = torch.segment_reduce(
-                sums, "sum", lengths=counts, unsafe=True
-            )  # its checks would wait for the device
+        sums = torch.zeros(len(pieces.prompts), hidden.shape[1], device=hidden.device)
+        for begin in range(0, index.size, MAX_POOLED_TOKENS):
+            end = min(begin + MAX_POOLED_TOKENS, index.size)
+            at, counts = upload([index[begin:end], pieces.counts_within(begin, end)], hidden.device)
+            # unsafe: its checks would wait for the device
+            sums += torch.segment_reduce(hidden[at].float(), "sum", lengths=counts, unsafe=True)
         for place, (prompt, is_last) in enumerate(zip(pieces.prompts, pieces.is_last, strict=True)):
             if prompt.sum is not None:
                 sums[place] += prompt.sum

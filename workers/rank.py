@@ -70,7 +70,8 @@ class LoadedRank:
         ops.warm_up(self.dtype, self.model.format.kv_dtype, self.mesh.device)
         with _during(self.gpu_memory, f"allocating {num_blocks} KV blocks and getting ready for steps on them"):
             runner = assemble(self.config, self.model, num_blocks)
-            run_small_steps(runner, self.config, max_model_len(self.config, self.spec))
+            length = max_model_len(self.config, self.spec)
+            run_small_steps(runner, self.config, length, generates=self.spec.has_lm_head)
         gc.collect()
         gc.freeze()  # what lives now lives for good: the collector need not look at it during steps
         return runner
@@ -178,7 +179,7 @@ def gpu_blocks(config: ServeConfig, model: CausalLM, kv: KVSize, memory: GpuMemo
     memory.weights_are_loaded(kv, length)
     memory.try_out(
         build=lambda: assemble(config, model, num_blocks=1),
-        exercise=lambda runner: run_largest_steps(runner, config, length),
+        exercise=lambda runner: run_largest_steps(runner, config, length, generates=model.spec.has_lm_head),
     )
     num_blocks = num_gpu_blocks(config, kv, memory.left_bytes, length)
     if num_blocks is None:

@@ -126,7 +126,7 @@ def stage_layers(num_layers: int, pp_rank: int, pp_size: int) -> range:
 def weight_names(spec: ModelSpec) -> Iterator[str]:
     """Every tensor a checkpoint of this shape must have."""
     for name in MODEL_RULES:
-        if not (name == "lm_head.weight" and spec.tie_word_embeddings):
+        if name != "lm_head.weight" or (spec.has_lm_head and not spec.tie_word_embeddings):
             yield name
     for layer in range(spec.num_layers):
         for name in LAYER_RULES:
@@ -148,7 +148,7 @@ def weight_slice(spec: ModelSpec, mesh: Mesh, name: str) -> WeightSlice | None:
     else:
         rule = MODEL_RULES[name]
         if rule.target == "embed.weight" and not mesh.is_first_stage:
-            if not (spec.tie_word_embeddings and mesh.is_last_stage):
+            if not (spec.has_lm_head and spec.tie_word_embeddings and mesh.is_last_stage):
                 return None
             rule = MODEL_RULES["lm_head.weight"]
         elif rule.target != "embed.weight" and not mesh.is_last_stage:

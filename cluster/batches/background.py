@@ -34,7 +34,10 @@ class BackgroundClient:
             rest = replace(request, priority=BACKGROUND, output_token_ids=list(tokens))
             stream = cast(AsyncGenerator[TokenChunk, None], self._client.generate(rest))
             async with contextlib.aclosing(stream) as chunks:
-                while (chunk := await place.unless_paused(anext(chunks, _END))) is not None:
+                while not place.is_paused:
+                    chunk = await place.unless_paused(anext(chunks, _END))
+                    if chunk is None:
+                        break
                     if chunk is _END:
                         return
                     if has_begun:  # of a prompt that comes back nothing new is to be told

@@ -1,12 +1,13 @@
 """Reads multipart/form-data as it comes in (RFC 7578): the parts of a form, whatever their size."""
 
+import re
 from dataclasses import dataclass
 from email.message import Message
-from email.parser import HeaderParser
 
 MAX_HEADER_BYTES = 8 * 2**10  # of one part
 MAX_PARTS = 32
 _LARGEST_BOUNDARY = 200  # the standard has 70
+_PARAMETER = re.compile(r';\s*([\w*-]+)\s*=\s*("(?:[^"\\]|\\.)*"|[^;"]*)', re.ASCII | re.DOTALL)
 
 
 class MultipartError(ValueError):
@@ -125,8 +126,19 @@ class MultipartReader:
 
 
 def _part(headers: bytes) -> PartBegin:
-    message = HeaderParser().parsestr(headers.decode("utf-8", "replace"))
-    name = message.get_param("name", header="content-disposition")
-    if message.get_content_disposition() != "form-data" or not isinstance(name, str):
-        raise MultipartError("a part of the form has no 'Content-Disposition: form-data; name=\"...\"'")
-    return PartBegin(name, message.get_filename())
+    for line in headers.split(b"\r\n"):
+        title, _, value = line.partition(b":")
+        if title.strip().lower() != b"content-disposition":
+            continue
+        kind, _, rest = value.decode("utf-8", "replace").partition(";")
+        words = {name.lower(): text for name, text in _PARAMETER.findall(";" + rest)}
+        if kind.strip().lower() == "form-data" and "name" in words:
+            filename = words.get("filename")
+            return PartBegin(_unquoted(words["name"]), None if filename is None else _unquoted(filename))
+    raise MultipartError("a part of the form has no 'Content-Disposition: form-data; name=\"...\"'")
+
+
+def _unquoted(text: str) -> str:
+    if not text.startswith('"'):
+        return text.strip()
+    return re.sub(r"\\([\"\\])", r"\1", text[1:-1])

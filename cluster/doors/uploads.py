@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator
 
 from starlette.requests import Request
 
-from manta.cluster.batches.database import storage_error
-from manta.cluster.batches.files import FileRecord, NewFile, insert_file
+from manta.cluster.batches.database import StorageError, storage_error
+from manta.cluster.batches.files import FileRecord, NewFile, insert_file, remove_contents
 from manta.cluster.batches.store import BatchStore
 from manta.cluster.doors import patience
 from manta.cluster.doors.caller import current_tenant
@@ -44,7 +44,11 @@ async def receive_upload(request: Request, store: BatchStore) -> FileRecord:
             await asyncio.to_thread(file.finish)
     except OSError as error:
         raise storage_error(store.folder, error) from None
-    await store.database.write(insert_file, record)
+    try:
+        await store.database.write(insert_file, record)
+    except StorageError:
+        await asyncio.to_thread(remove_contents, store.folder, [record.id])
+        raise
     return record
 
 

@@ -10,7 +10,7 @@ from manta.configs.model import ModelSpec
 from manta.protos import engine_pb2 as pb
 from manta.protos import sampling_pb2
 from manta.scheduler.beam_search import BeamParams
-from manta.scheduler.types import RefusedError, Request, Tokens
+from manta.scheduler.types import Pooling, RefusedError, Request, Tokens
 
 MAX_RECORDED = 256  # of the best tokens, with each log-probability: what workers can find
 
@@ -22,6 +22,9 @@ _EARLY_STOPPING: dict[int, bool | Literal["never"]] = {
 }
 
 
+NO_HEAD = "the checkpoint has no LM head: it makes embeddings of prompts and generates nothing"
+
+
 class InvalidSubmitError(RefusedError):
     """A field of the request is out of range; the message is one sentence for the user."""
 
@@ -31,6 +34,10 @@ def build_request(submit: pb.Submit, request_id: int, spec: ModelSpec, now_s: fl
     prompt = np.frombuffer(submit.prompt_tokens, "<i4")
     output = np.frombuffer(submit.output_tokens, "<i4")
     _check_tokens(prompt, "the prompt", spec.vocab_size)
+    if submit.HasField("pooling"):
+        return _build_pooled(submit, prompt, request_id, spec, now_s)
+    if not spec.has_lm_head:
+        raise InvalidSubmitError(NO_HEAD)
     _check_tokens(output, "the resubmitted output", spec.vocab_size)
     stop_token_ids = frozenset(submit.stop_token_ids) | (frozenset() if submit.ignore_eos else set(spec.eos_token_ids))
     if max(stop_token_ids, default=0) >= spec.vocab_size:
@@ -56,6 +63,27 @@ def build_request(submit: pb.Submit, request_id: int, spec: ModelSpec, now_s: fl
         name=submit.request_id,
         num_logprobs=sampling.num_logprobs if sampling.HasField("num_logprobs") else None,
         num_prompt_logprobs=sampling.num_prompt_logprobs if sampling.HasField("num_prompt_logprobs") else None,
+    )
+
+
+def _build_pooled(submit: pb.Submit, prompt: Tokens, request_id: int, spec: ModelSpec, now_s: float) -> Request:
+    pooling = sampling_pb2.Pooling()
+    pooling.CopyFrom(submit.pooling)
+    if not 1 <= pooling.num_dims <= spec.hidden_size:
+        raise InvalidSubmitError(f"dimensions={pooling.num_dims} must be between 1 and {spec.hidden_size}")
+    if pooling.kind not in sampling_pb2.Pooling.Kind.values():
+        raise InvalidSubmitError(f"kind {pooling.kind} of pooling is not one of LAST, MEAN and CLS")
+    return Request(
+        id=request_id,
+        prompt=prompt,
+        max_tokens=0,
+        arrival_s=now_s,
+        priority=submit.priority,
+        tenant=submit.tenant,
+        adapter=submit.adapter,
+        salt=submit.cache_salt,
+        name=submit.request_id,
+        pooling=Pooling(4 * pooling.num_dims, pooling.kind != sampling_pb2.Pooling.LAST, pooling),
     )
 
 

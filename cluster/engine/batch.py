@@ -155,6 +155,7 @@ class Batch:
             chunk.finish_reason = finished.reason
             chunk.stop_token = finished.stop_token if finished.HasField("stop_token") else None
             chunk.error = finished.error
+            chunk.vector = finished.vector
             if finished.HasField("cumulative_logprob"):
                 chunk.cumulative_logprob = finished.cumulative_logprob
         return self._push(chunks)

@@ -7,6 +7,7 @@ from itertools import chain
 
 import numpy as np
 
+from manta.configs.pooling import Pooling, PoolingKind
 from manta.configs.sampling import SamplingParams
 from manta.configs.structured_outputs import GrammarKind, StructuredOutputsParams
 from manta.protos import sampling_pb2, worker_pb2
@@ -17,6 +18,12 @@ _GRAMMAR_KINDS: dict[GrammarKind, sampling_pb2.Grammar.Kind] = {
     "regex": sampling_pb2.Grammar.REGEX,
     "ebnf": sampling_pb2.Grammar.EBNF,
     "structural_tag": sampling_pb2.Grammar.STRUCTURAL_TAG,
+}
+
+_POOLING_KINDS: dict[PoolingKind, sampling_pb2.Pooling.Kind] = {
+    "last": sampling_pb2.Pooling.LAST,
+    "mean": sampling_pb2.Pooling.MEAN,
+    "cls": sampling_pb2.Pooling.CLS,
 }
 
 
@@ -57,6 +64,7 @@ def _encode_add(add: SeqAdd) -> worker_pb2.SeqAdd:
         max_length=add.max_length,
         blocks=_uint32_bytes(add.blocks),
         sampling=add.sampling,
+        pooling=add.pooling,
     )
 
 
@@ -66,6 +74,8 @@ def decode_reply(message: bytes) -> Reply:
     result = StepResult(epoch=reply.epoch, step=reply.step, tokens=np.frombuffer(reply.tokens, "<i4"))
     if reply.logprobs:
         result.logprobs = reply.logprobs
+    if reply.vectors:
+        result.vectors = reply.vectors
     return Reply(result, reply.device_us, reply.idle_us, reply.queue_us, reply.error)
 
 
@@ -91,6 +101,12 @@ def encode_sampling(params: SamplingParams, bad_words: Sequence[Sequence[int]] =
         bias_token_ids=int32_bytes(list(params.logit_bias)) if params.logit_bias else b"",
         biases=np.array(list(params.logit_bias.values()), "<f4").tobytes() if params.logit_bias else b"",
         grammar=_encode_grammar(params.structured_outputs) if params.structured_outputs else None,
+    )
+
+
+def encode_pooling(params: Pooling) -> sampling_pb2.Pooling:
+    return sampling_pb2.Pooling(
+        kind=_POOLING_KINDS[params.kind], num_dims=params.dimensions, normalizes=params.normalize
     )
 
 

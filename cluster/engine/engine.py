@@ -165,8 +165,8 @@ class Engine:
             num_sequences = 1
             message = f"{submit.num_sequences} sequences of one prompt are more than {MAX_SEQUENCES}"
             refused = pb.Refused(code=pb.Refused.INVALID, message=message)
-        elif submit.sampling.HasField("grammar") or submit.output_tokens:
-            message = "sequences that follow a grammar, or have output already, are submitted one by one"
+        elif submit.sampling.HasField("grammar") or submit.output_tokens or submit.HasField("pooling"):
+            message = "sequences that follow a grammar, have output already or become vectors are submitted one by one"
             refused = pb.Refused(code=pb.Refused.INVALID, message=message)
         request_ids = []
         try:

@@ -53,7 +53,9 @@ class Frontend:
         self._filled.set()
 
     def add_finished(self, finished: pb.Finished) -> None:
-        self._finished.append(finished)
+        self._pending_bytes += len(finished.vector)
+        if self._pending_bytes <= self._max_pending_bytes:
+            self._finished.append(finished)
         self._filled.set()
 
     def add_refused(self, refused: pb.Refused) -> None:

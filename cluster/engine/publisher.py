@@ -155,6 +155,7 @@ class Publisher:
                 reason=finished.reason,
                 stop_token=finished.stop_token,
                 cumulative_logprob=finished.cumulative_logprob,
+                vector=finished.vector,
             )
         )
         self.close_request(frontend, handle)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from manta.cluster.engine.codec import encode_sampling, int32_bytes
+from manta.cluster.engine.codec import encode_pooling, encode_sampling, int32_bytes
 from manta.cluster.engine.types import (
     Beams,
     DrainingError,
@@ -17,6 +17,7 @@ from manta.cluster.engine.types import (
     TokenChunk,
     UnavailableError,
 )
+from manta.configs.pooling import Pooling
 from manta.protos import engine_pb2 as pb
 
 
@@ -65,6 +66,7 @@ class RequestStream:
             chunk.finish_reason = self.finished.reason
             chunk.stop_token = self.finished.stop_token if self.finished.HasField("stop_token") else None
             chunk.error = self.finished.error
+            chunk.vector = self.finished.vector
             if self.finished.HasField("cumulative_logprob"):
                 chunk.cumulative_logprob = self.finished.cumulative_logprob
         return chunk
@@ -145,7 +147,9 @@ class StreamTable:
 
 
 async def run_request(
-    streams: StreamTable, request: GenerationRequest, send: Callable[[pb.FrontendMessage], None]
+    streams: StreamTable,
+    request: GenerationRequest,
+    send: Callable[[pb.FrontendMessage], None],
 ) -> AsyncIterator[TokenChunk]:
     """Submits, yields chunks up to the one with a finish_reason, and aborts if the reader leaves before that."""
     (stream,) = streams.open([request])
@@ -213,6 +217,8 @@ class RequestGroup:
 
 def build_submit(handle: int, request: GenerationRequest, num_sequences: int = 1) -> pb.Submit:
     """Of several sequences `request` is the first. Raises ValueError when max_tokens or the seed is not resolved."""
+    if request.pooling is not None:
+        return _build_pooling(handle, request, request.pooling)
     sampling = request.sampling
     if sampling.max_tokens is None:
         raise ValueError("max_tokens must be resolved before a request is sent")
@@ -241,9 +247,21 @@ def _resubmit(stream: RequestStream) -> pb.Submit:
         stream.logprobs, stream.prompt_logprobs = [], []
     elif request.sampling.prompt_logprobs is not None:
         request = replace(request, sampling=request.sampling.model_copy(update={"prompt_logprobs": None}))
-    submit = build_submit(stream.handle, replace(request, output_token_ids=tokens))
+    submit = build_submit(stream.handle, replace(request, output_token_ids=[*request.output_token_ids, *tokens]))
     submit.resubmitted = True
     return submit
+
+
+def _build_pooling(handle: int, request: GenerationRequest, pooling: Pooling) -> pb.Submit:
+    return pb.Submit(
+        handle=handle,
+        request_id=request.request_id,
+        prompt_tokens=int32_bytes(request.prompt_token_ids),
+        priority=request.priority,
+        tenant=request.tenant,
+        cache_salt=request.cache_salt.encode(),
+        pooling=encode_pooling(pooling),
+    )
 
 
 def _encode_beams(beams: Beams) -> pb.Beams:

@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from manta.configs.pooling import Pooling
 from manta.configs.sampling import SamplingParams
 
 BACKGROUND = 2**31 - 1  # the priority of requests that only fill what all others leave
@@ -35,6 +36,10 @@ class GenerationRequest:
     output_token_ids: NDArray[np.int32] | Sequence[int] = ()  # delivered already: a resubmit
     bad_words: Sequence[Sequence[int]] = ()  # the tokens of sampling.bad_words
     beams: Beams | None = None  # it gets a hypothesis of this search, with all its tokens in one chunk
+    pooling: Pooling | None = None  # it gets a vector, in one chunk without tokens; `sampling` does not count
+
+
+UNSAMPLED = SamplingParams.model_validate({"max_tokens": 1, "seed": 0})  # of requests with pooling
 
 
 @dataclass(slots=True)
@@ -50,6 +55,7 @@ class TokenChunk:
     cumulative_logprob: float | None = None  # of all tokens, at the end of a hypothesis of a beam search
     logprobs: bytes = b""  # a record per token, where asked for: see `logprobs.read_records`
     prompt_logprobs: bytes = b""  # of the prompt's tokens, from the second on: all of them in the first chunk
+    vector: bytes = b""  # float32, of a prompt that is pooled
 
 
 class EngineError(Exception):

@@ -4,11 +4,14 @@ import asyncio
 import random
 import threading
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from manta.cluster.batches.keeper import Keeper
 from manta.cluster.doors.api_keys import KeyRing
+from manta.cluster.doors.batch_work import new_keeper, open_store
 from manta.cluster.doors.generation import Running
 from manta.cluster.doors.limits import read_limits
 from manta.cluster.doors.server import DoorServer
@@ -40,6 +43,7 @@ class DoorThread:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._arguments = (model_folder, config_fields)
+        self._keeper: Keeper | None = None
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -48,7 +52,7 @@ class DoorThread:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self.run(lambda: self.server.stop(0.0))
+        self.run(self._stop)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)
         assert not self._thread.is_alive()
@@ -56,9 +60,25 @@ class DoorThread:
 
     async def _start(self) -> dict[str, int]:
         folder, config_fields = self._arguments
-        self.service = build_service(self.client, folder, **config_fields)
+        service = build_service(self.client, folder, **config_fields)
+        self.service = replace(service, batches=await open_store(service.config))
         self.server = DoorServer(self.service)
-        return await self.server.start()
+        ports = await self.server.start()
+        if self.service.batches is not None:
+            self._keeper = new_keeper(self.service, self.service.batches)
+            self._keeper.start()
+        return ports
+
+    async def stop_batches(self) -> None:
+        """Others may run them then."""
+        if self._keeper is not None:
+            await self._keeper.stop()
+
+    async def _stop(self) -> None:
+        await self.stop_batches()
+        await self.server.stop(0.0)
+        if self.service.batches is not None:
+            await self.service.batches.close()
 
     @property
     def base_url(self) -> str:

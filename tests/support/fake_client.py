@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 import numpy as np
 
 from manta.cluster.engine.client import EngineError, EngineLostError, GenerationRequest, TokenChunk
+from manta.cluster.engine.types import BACKGROUND
 from manta.protos import engine_pb2 as pb
 
 Model = Callable[[GenerationRequest], Sequence[int]]
@@ -136,9 +137,12 @@ class FakeClient:
 
     async def load(self) -> pb.LoadResponse:
         num_running = len(self.submitted) - len(self.finished) - len(self.aborted)
+        ended = {*self.finished, *self.aborted}
+        low = [each for each in self.submitted if each.priority == BACKGROUND and each.request_id not in ended]
         return pb.LoadResponse(
-            num_running=num_running, num_free_blocks=64, num_blocks=64, healthy=self.healthy, detail=self.detail
-        )
+            num_running=num_running, num_free_blocks=64, num_blocks=64, healthy=self.healthy, detail=self.detail,
+            num_background=len(low),
+        )  # fmt: skip
 
     async def metrics(self) -> bytes:
         return b"# TYPE vllm:num_requests_running gauge\nvllm:num_requests_running 0\n"

@@ -104,6 +104,23 @@ def test_small_steps(model: CausalLM, on_device: bool) -> None:
     assert steps == [(48, 0, 3), (19, 3, 4), (4, 4, 4), (1, 1, 1)]
 
 
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize(
+    ("max_num_seqs", "num_tokens", "max_model_len"), [(5, 64, 200), (1, 1, 9), (3, 500, 20), (2, 64, 2)]
+)
+def test_steps_of_a_model_without_a_head(
+    model: CausalLM, on_device: bool, max_num_seqs: int, num_tokens: int, max_model_len: int
+) -> None:
+    watched, runner = make(model, config(max_num_seqs, num_tokens), max_model_len, on_device, num_blocks=2)
+    watched.steps.clear(), watched.logits_rows.clear()
+    run_largest_steps(runner, config(max_num_seqs, num_tokens), max_model_len, generates=False)
+    assert max(tokens for tokens, *_ in watched.steps) == min(num_tokens, max_num_seqs * max_model_len)
+    assert max(rows for _, _, rows, _ in watched.steps) == max_num_seqs
+    assert watched.steps[1:] == [(min(most, num_tokens, max_model_len), 0, 1, max_model_len) for most in (500, 64)]
+    run_small_steps(runner, config(max_num_seqs, num_tokens), max_model_len, generates=False)
+    assert not watched.logits_rows
+
+
 @pytest.mark.parametrize("max_model_len", [1, 2, 4])
 def test_lengths_that_leave_no_room_for_steps(model: CausalLM, max_model_len: int) -> None:
     _, runner = make(model, config(2, 8), max_model_len, True, num_blocks=2)

@@ -138,8 +138,9 @@ class CausalLM(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(spec, mesh, format, layer) for layer in layers)
         if mesh.is_last_stage:
             self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps, dtype, mesh.device)
-            self.lm_head = LMHead(spec, mesh, dtype)
-            if spec.tie_word_embeddings and mesh.is_first_stage:
+            if spec.has_lm_head:
+                self.lm_head = LMHead(spec, mesh, dtype)
+            if spec.has_lm_head and spec.tie_word_embeddings and mesh.is_first_stage:
                 self.lm_head.weight = self.embed.weight
         self.rope_table = rope_table(spec.rope, spec.head_dim, spec.max_position).to(mesh.device)
         self.cpu_stage: CpuStage | None = None
@@ -202,7 +203,7 @@ def _cpu_stage(model: CausalLM) -> "CpuStage":
     )
     layers = [cast(DecoderLayer, layer).take_weights for layer in model.layers]
     norm = model.norm.weight if mesh.is_last_stage else None
-    head = model.lm_head.take().weight if mesh.is_last_stage else None
+    head = model.lm_head.take().weight if mesh.is_last_stage and spec.has_lm_head else None
     return CpuStage(shape, layers, norm, head, model.rope_table, model.dtype)
 
 
