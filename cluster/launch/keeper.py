@@ -55,11 +55,11 @@ class Keeper:
 
     def look(self) -> str | None:
         """Starts what is to be started again; returns why the deployment cannot go on, if so."""
-        for part, reason in self._broken().items():
-            with self._changed:
-                if part not in self._repairs and part not in self._given_up:
-                    self._begin(part, reason)
+        broken = self._broken()
         with self._changed:
+            for part in sorted(broken, key=lambda part: part == _SCHEDULER):  # it waits for workers that are started
+                if part not in self._repairs and part not in self._given_up:
+                    self._begin(part, broken[part])
             return self._why_over()
 
     def end(self) -> None:
