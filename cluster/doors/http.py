@@ -39,9 +39,10 @@ def build_app(service: Service, peers: Peers | None = None) -> Starlette:
         "/v1/messages/count_tokens": CountTokens(service),
     }
     routes += [Route(path, JsonEndpoint(handler, tell), methods=["POST"]) for path, handler in anthropic.items()]
+    routes += response_routes(service, peers or Peers())
     routes += batch_routes(service.batches, routes)
     return Starlette(
-        routes=routes + response_routes(service, peers or Peers()) + State(service).routes(),
+        routes=routes + State(service).routes(),
         middleware=[
             Middleware(RequestIds, new_id=lambda: uuid.uuid4().hex),
             Middleware(CORSMiddleware, allow_origins=["*"], allow_methods=["*"], allow_headers=["*"]),
