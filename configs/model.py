@@ -18,6 +18,7 @@ ARCHITECTURES = {
 }
 # Checkpoints without an LM head, of models that make embeddings.
 HEADLESS = {name.replace("ForCausalLM", "Model"): family for name, family in ARCHITECTURES.items()}
+NO_LM_HEAD = "the checkpoint has no LM head: it makes embeddings of prompts, and no text"
 _DTYPES: dict[str, DType] = {
     "bfloat16": "bfloat16", "bf16": "bfloat16",
     "float16": "float16", "half": "float16", "fp16": "float16",

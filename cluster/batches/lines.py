@@ -58,9 +58,10 @@ def read_line(line: bytes, number: int, endpoint: str | None = None) -> BatchReq
     body = value.get("body")
     if not isinstance(body, dict):
         raise BatchLineError(f"line {number}: body must be an object", custom_id, "body")
-    if body.get("stream"):
-        message = f"line {number}: answers of a batch are whole; leave body.stream out"
-        raise BatchLineError(message, custom_id, "body.stream")
+    for name in ("stream", "background"):
+        if body.get(name):
+            message = f"line {number}: answers of a batch are whole; leave body.{name} out"
+            raise BatchLineError(message, custom_id, f"body.{name}")
     return BatchRequest(custom_id, url, body)
 
 

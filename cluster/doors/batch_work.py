@@ -24,10 +24,12 @@ async def open_store(config: ServeConfig) -> BatchStore | None:
 
 
 def new_keeper(service: Service, store: BatchStore) -> Keeper:
-    """Lines go through endpoints of their own, which differ in one thing: their requests have the lowest priority."""
-    config = service.config
+    """Lines go through endpoints of their own. These differ in that their requests have the lowest priority, and that
+    they remember no responses."""
+    config = service.config.model_copy(update={"max_stored_responses": 0})
     client = BackgroundClient(service.client)
-    background = replace(service, client=client, running=Running(client, service.validator.tokenizer))
+    running = Running(client, service.validator.tokenizer)
+    background = replace(service, client=client, config=config, running=running, batches=None)
     calls = LocalCalls(build_app(background).routes, config.tenant_cache_isolation)
     num_slots = config.max_num_seqs * config.data_parallel_size
     gate = Gate(service.client.load, Room(num_slots, config.max_num_batch_seqs))

@@ -31,6 +31,9 @@ CHAT_TEMPLATE = frozenset(
 TOOLS = frozenset({"tool_choice", "parallel_tool_calls", "include_reasoning"})
 CHAT = SAMPLING | SHARED | CHAT_TEMPLATE | TOOLS | {"max_completion_tokens", "top_logprobs", "response_format"}
 TOKENIZE = CHAT_TEMPLATE | {"model", "prompt", "add_special_tokens", "return_token_strs"}
+POOLING = frozenset({"model", "truncate_prompt_tokens", "add_special_tokens", "priority", "cache_salt", "request_id"})
+EMBEDDING = POOLING | CHAT_TEMPLATE | {"input", "encoding_format", "dimensions", "normalize"}
+SCORE = POOLING | {"text_1", "text_2"}
 DETOKENIZE = frozenset({"model", "tokens"})
 
 # OpenAI clients send these; none of them changes the text.

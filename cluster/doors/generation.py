@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Iterator
 from dataclasses import replace
-from typing import cast
+from typing import Protocol, cast
 
 from manta.cluster.doors.caller import current_tenant
 from manta.cluster.doors.errors import Kind, RequestError, draining, from_engine
@@ -170,6 +170,14 @@ async def _merge(
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
+class Abortable(Protocol):
+    """A call under way."""
+
+    tenant: str
+
+    def abort(self) -> None: ...
+
+
 class Running:
     """The calls under way in this frontend, by id; both doors share it."""
 
@@ -177,7 +185,7 @@ class Running:
         self.is_draining = False
         self._client = client
         self._tokenizer = tokenizer
-        self._calls: dict[str, Call] = {}
+        self._calls: dict[str, Abortable] = {}
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -190,14 +198,21 @@ class Running:
     @contextlib.contextmanager
     def call(self, request_id: str, resolved: Resolved) -> Iterator[Call]:
         """The call is known under `request_id` until the block ends. Raises RequestError if it is taken or draining."""
+        call = Call(self._client, self._tokenizer, resolved)
+        with self.track(request_id, call):
+            yield call
+
+    @contextlib.contextmanager
+    def track(self, request_id: str, call: Abortable) -> Iterator[None]:
+        """As `call`, for one that is there already."""
         self.check_open()
         if request_id in self._calls:
             message = f"request_id {request_id!r} is in use by a running request"
             raise RequestError(message, "request_id", "duplicate_request_id", Kind.DUPLICATE)
-        call = self._calls[request_id] = Call(self._client, self._tokenizer, resolved)
+        self._calls[request_id] = call
         self._idle.clear()
         try:
-            yield call
+            yield
         finally:
             del self._calls[request_id]
             if not self._calls:

@@ -14,11 +14,13 @@ from manta.cluster.doors.authentication import HttpKeys
 from manta.cluster.doors.batches import batch_routes
 from manta.cluster.doors.chat import ChatCompletions
 from manta.cluster.doors.completions import Completions
+from manta.cluster.doors.embeddings import Embeddings
 from manta.cluster.doors.errors import Kind, RequestError, from_engine, internal
 from manta.cluster.doors.exchange import Handler, JsonEndpoint, RequestIds, error_headers
 from manta.cluster.doors.messages import CountTokens, Messages, tell
 from manta.cluster.doors.peers import Peers
 from manta.cluster.doors.responses.routes import response_routes
+from manta.cluster.doors.score import Score
 from manta.cluster.doors.service import Service
 from manta.cluster.doors.state import State, json_response
 from manta.cluster.doors.tokenization import Detokenize, Tokenize
@@ -30,6 +32,9 @@ def build_app(service: Service, peers: Peers | None = None) -> Starlette:
     posts: dict[str, Handler] = {
         "/v1/completions": Completions(service),
         "/v1/chat/completions": ChatCompletions(service),
+        "/v1/embeddings": Embeddings(service),
+        "/v1/score": Score(service),
+        "/score": Score(service),
         "/tokenize": Tokenize(service),
         "/detokenize": Detokenize(service),
     }
@@ -39,9 +44,10 @@ def build_app(service: Service, peers: Peers | None = None) -> Starlette:
         "/v1/messages/count_tokens": CountTokens(service),
     }
     routes += [Route(path, JsonEndpoint(handler, tell), methods=["POST"]) for path, handler in anthropic.items()]
+    routes += response_routes(service, peers or Peers())
     routes += batch_routes(service.batches, routes)
     return Starlette(
-        routes=routes + response_routes(service, peers or Peers()) + State(service).routes(),
+        routes=routes + State(service).routes(),
         middleware=[
             Middleware(RequestIds, new_id=lambda: uuid.uuid4().hex),
             Middleware(CORSMiddleware, allow_origins=["*"], allow_methods=["*"], allow_headers=["*"]),

@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from manta.cluster.preflight import model_folder
 from manta.configs.model import ModelError, read_json, read_model_spec
+from manta.configs.pooling import PoolingSpec
 from manta.configs.sampling import SamplingParams
 from manta.configs.schema import ServeConfig
 
@@ -28,6 +29,8 @@ class ModelLimits:
     max_model_len: int  # prompt plus output, in tokens
     architecture: str = ""
     sampling_defaults: dict[str, Any] = field(default_factory=dict)  # used where a request says nothing
+    has_lm_head: bool = True  # else the model makes embeddings alone
+    pooling: PoolingSpec = field(default_factory=lambda: PoolingSpec(hidden_size=1))
 
 
 def read_limits(config: ServeConfig, max_model_len: int) -> ModelLimits:
@@ -42,4 +45,12 @@ def read_limits(config: ServeConfig, max_model_len: int) -> ModelLimits:
         SamplingParams.model_validate(defaults)
     except ValidationError as error:
         raise ModelError(f"generation_config.json of {config.model!r} has a default that cannot be used: {error}")
-    return ModelLimits(config.model_name, spec.vocab_size, max_model_len, spec.architecture, defaults)
+    return ModelLimits(
+        model_name=config.model_name,
+        vocab_size=spec.vocab_size,
+        max_model_len=max_model_len,
+        architecture=spec.architecture,
+        sampling_defaults=defaults,
+        has_lm_head=spec.has_lm_head,
+        pooling=PoolingSpec.read(folder, config, spec),
+    )

@@ -18,7 +18,7 @@ class NoTokenizer(Tokenizer):
         self.max_token_characters = 2**31
         self._nothing: defaultdict[int, bytes] = defaultdict(bytes)
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True, most: int | None = None) -> list[int]:
         raise RequestError("texts need a tokenizer; skip_tokenizer_init=True leaves only token ids", "prompt")
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:

@@ -32,7 +32,8 @@ def read_body(request: pb.ChatRequest) -> dict[str, Any]:
         check_enum(request.tool_choice.mode, pb.ToolChoice.Mode, "tool_choice")
         body["tool_choice"] = _MODES[request.tool_choice.mode]
     if request.chat_template_kwargs:
-        body["chat_template_kwargs"] = _read_json(request.chat_template_kwargs, "chat_template_kwargs")
+        kwargs = _read_json(request.chat_template_kwargs, "chat_template_kwargs")
+        body |= {} if kwargs is None else {"chat_template_kwargs": kwargs}  # null is not set, as over HTTP
     if request.HasField("response_format"):
         body["response_format"] = _response_format(request.response_format)
     return body

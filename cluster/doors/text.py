@@ -88,13 +88,20 @@ class Tokenizer:
         """Every token is a fixed run of bytes (GPT-2, Llama 3, Qwen), so that decoding is concatenation."""
         return self._backend is not None and type(self._backend.decoder).__name__ == "ByteLevel"
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        if self._backend is not None:
-            # Of the backend's calls only those for batches let other threads run meanwhile.
-            encodings = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
-            ids: list[int] = encodings[0].ids
-            return ids
-        return list(self.hf.encode(text, add_special_tokens=add_special_tokens))
+    def encode(self, text: str, add_special_tokens: bool = True, most: int | None = None) -> list[int]:
+        """With `most`: the text's first tokens, so many that with the special ones there are no more."""
+        if self._backend is None:
+            cut = {"truncation": most is not None, "max_length": most}
+            return list(self.hf.encode(text, add_special_tokens=add_special_tokens, **cut))
+        # Of the backend's calls only those for batches let other threads run meanwhile.
+        adds_now = add_special_tokens and most is None
+        encoding = self._backend.encode_batch_fast([text], add_special_tokens=adds_now)[0]
+        if most is not None:
+            num_special = self._backend.num_special_tokens_to_add(False) if add_special_tokens else 0
+            encoding.truncate(max(most - num_special, 0))
+            encoding = self._backend.post_process(encoding, None, add_special_tokens)
+        ids: list[int] = encoding.ids[:most]
+        return ids
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         if self._backend is not None:

@@ -4,6 +4,7 @@ import asyncio
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from pydantic import ValidationError
@@ -20,6 +21,7 @@ from manta.cluster.engine.client import (
     num_prompt_tokens_kept,
     resolve_sampling,
 )
+from manta.configs.model import NO_LM_HEAD
 from manta.configs.sampling import SamplingParams
 
 DEFAULT_MAX_TOKENS = 16  # of completions, as in the OpenAI API
@@ -28,7 +30,7 @@ MAX_SEQUENCES = 2048  # in one call: prompts times n
 MAX_STOP_CHARACTERS = 1024  # of one stop string
 MAX_SALT_CHARACTERS = 1024
 THREAD_CHARACTERS = 8192  # longer texts are tokenized in a thread; shorter ones take about a millisecond
-_INT32 = 2**31
+INT32 = 2**31
 
 Prompt = str | list[int]
 
@@ -88,6 +90,8 @@ class Validator:
     async def resolve(self, ask: Ask, request_id: str) -> Resolved:
         """Raises RequestError naming the field at fault. Long texts are tokenized in a thread."""
         self.check_model(ask.model)
+        if not self.limits.has_lm_head:
+            raise RequestError(NO_LM_HEAD, "model", "unsupported_model")
         raw = {} if isinstance(ask.sampling, SamplingParams) else dict(ask.sampling)
         is_prompt_only = ask.echoes and type(raw.get("max_tokens")) is int and raw["max_tokens"] == 0
         if is_prompt_only:
@@ -96,8 +100,8 @@ class Validator:
             sampling = self._within_limits(ask.sampling)
         else:
             sampling = self.check_sampling(raw, ask.fills_context)
-        priority = check_int(ask.priority, "priority", -_INT32, _INT32 - 1)
-        salt = with_callers_salt(_check_salt(ask.cache_salt))
+        priority = check_int(ask.priority, "priority", -INT32, INT32 - 1)
+        salt = with_callers_salt(check_salt(ask.cache_salt))
         sources = check_prompts(ask.prompt, ask.prompt_param)
         if len(sources) * sampling.num_sequences > MAX_SEQUENCES:
             message = (
@@ -162,11 +166,12 @@ class Validator:
             self._check_vocabulary(getattr(sampling, name), name)
         return sampling
 
-    async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`; a long text leaves the event loop free for the streams of others."""
+    async def encode(self, text: str, add_special_tokens: bool = True, most: int | None = None) -> list[int]:
+        """Token ids of `text`, cut to `most`; a long text leaves the event loop free for the streams of others."""
+        encode = self.tokenizer.encode if most is None else partial(self.tokenizer.encode, most=most)
         if len(text) < THREAD_CHARACTERS:
-            return self.tokenizer.encode(text, add_special_tokens)
-        return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens)
+            return encode(text, add_special_tokens)
+        return await asyncio.to_thread(encode, text, add_special_tokens)
 
     def check_tokens(self, token_ids: Any, param: str) -> list[int]:
         """A list of token ids of the model."""
@@ -200,7 +205,7 @@ class Validator:
             if prompts:
                 await asyncio.sleep(0)  # between the prompts of a large call the streams of others go on
             if isinstance(prompt, str):
-                self._check_characters(prompt, keep, ask.prompt_param)
+                self.check_characters(prompt, keep, ask.prompt_param)
                 token_ids = await self.encode(prompt, add_special_tokens)
             else:
                 token_ids = self.check_tokens(prompt, ask.prompt_param)
@@ -211,7 +216,7 @@ class Validator:
             prompts.append(token_ids)
         return prompts
 
-    def _check_characters(self, text: str, keep: int | None, param: str) -> None:
+    def check_characters(self, text: str, keep: int | None, param: str) -> None:
         """Refuses what cannot fit even if every token were the longest, before the tokenizer works on it."""
         limit = self.limits.max_model_len
         if keep is None and len(text) > limit * self.tokenizer.max_token_characters:
@@ -240,7 +245,7 @@ class Validator:
         return sampling.model_copy(update={"max_tokens": max_tokens})
 
 
-def check_prompts(value: Any, param: str) -> list[Prompt]:
+def check_prompts(value: Any, param: str, most: int = MAX_PROMPTS) -> list[Prompt]:
     """One or several prompts: a text, token ids, or a list of either. Raises RequestError."""
     if value is None:
         raise RequestError(f"{param} is required", param, "missing_required_parameter")
@@ -249,8 +254,8 @@ def check_prompts(value: Any, param: str) -> list[Prompt]:
     if isinstance(value, list) and value:
         if all(type(item) is int for item in value):
             return [value]
-        if len(value) > MAX_PROMPTS:
-            message = f"{param} holds {len(value)} prompts; at most {MAX_PROMPTS} are possible in one call"
+        if len(value) > most:
+            message = f"{param} holds {len(value)} prompts; at most {most} are possible in one call"
             raise RequestError(message, param)
         if all(isinstance(item, str) for item in value) or all(isinstance(item, list) for item in value):
             return value
@@ -283,7 +288,7 @@ def shown(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _check_salt(value: Any) -> str:
+def check_salt(value: Any) -> str:
     if not isinstance(value, str):
         raise RequestError(f"cache_salt must be a string, not {shown(value)}", "cache_salt", "invalid_type")
     if len(value) > MAX_SALT_CHARACTERS:

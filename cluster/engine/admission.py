@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from manta.configs.model import ModelSpec
+from manta.configs.model import NO_LM_HEAD, ModelSpec
 from manta.protos import engine_pb2 as pb
 from manta.protos import sampling_pb2
 from manta.scheduler.beam_search import BeamParams
@@ -22,9 +22,6 @@ _EARLY_STOPPING: dict[int, bool | Literal["never"]] = {
 }
 
 
-NO_HEAD = "the checkpoint has no LM head: it makes embeddings of prompts and generates nothing"
-
-
 class InvalidSubmitError(RefusedError):
     """A field of the request is out of range; the message is one sentence for the user."""
 
@@ -37,7 +34,7 @@ def build_request(submit: pb.Submit, request_id: int, spec: ModelSpec, now_s: fl
     if submit.HasField("pooling"):
         return _build_pooled(submit, prompt, request_id, spec, now_s)
     if not spec.has_lm_head:
-        raise InvalidSubmitError(NO_HEAD)
+        raise InvalidSubmitError(NO_LM_HEAD)
     _check_tokens(output, "the resubmitted output", spec.vocab_size)
     stop_token_ids = frozenset(submit.stop_token_ids) | (frozenset() if submit.ignore_eos else set(spec.eos_token_ids))
     if max(stop_token_ids, default=0) >= spec.vocab_size:

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
 from manta.cluster.engine.logprobs import Logprob
 
 
@@ -61,3 +64,48 @@ class RequestOutput:
     @property
     def finished(self) -> bool:
         return not self.is_partial and all(output.finish_reason is not None for output in self.outputs)
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingOutput:
+    """The vector of a prompt."""
+
+    embedding: list[float]
+
+    @property
+    def hidden_size(self) -> int:
+        return len(self.embedding)
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingRequestOutput:
+    """A prompt and its vector."""
+
+    request_id: str
+    outputs: EmbeddingOutput
+    prompt_token_ids: list[int]
+    num_cached_tokens: int = 0
+    finished: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class ScoringOutput:
+    """How alike two texts are."""
+
+    score: float  # -1 to 1
+
+
+@dataclass(frozen=True, slots=True)
+class ScoringRequestOutput:
+    """Two texts and how alike they are."""
+
+    request_id: str
+    outputs: ScoringOutput
+    prompt_token_ids: list[int]  # of the first text, then of the second one
+    finished: bool = True
+
+
+def cosine(first: NDArray[np.float32], second: NDArray[np.float32]) -> float:
+    """Of the angle between two vectors; 0 if one of them has no length."""
+    norms = float(np.linalg.norm(first)) * float(np.linalg.norm(second))
+    return float(np.dot(first, second)) / norms if norms else 0.0

@@ -99,6 +99,18 @@ def test_chat_and_messages(shared: DoorThread, client: openai.OpenAI) -> None:
         assert (200, bare(answer["response"]["body"])) == direct(shared, each)
 
 
+def test_responses_are_answered_and_not_kept(shared: DoorThread, client: openai.OpenAI) -> None:
+    each = line("a", "/v1/responses", input="hi", max_output_tokens=4, temperature=0)
+    done = wait(client, create(client, [each], endpoint="/v1/responses"))
+    (answer,) = read(client, done.output_file_id).values()
+    body = answer["response"]["body"]
+    texts = [[part["text"] for item in each["output"] for part in item["content"]]
+             for each in (body, direct(shared, each)[1])]  # fmt: skip
+    assert texts[0] == texts[1] != [""]
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(body["id"])
+
+
 BAD_FILES: list[tuple[list[Any], list[tuple[str, int | None, str]]]] = [
     ([b"\n \n"], [("empty_file", None, "no request")]),
     ([b"{\n", line("a"), b"[1]\n", b"\xff\n"],

@@ -133,7 +133,7 @@ def test_broken_http_is_answered_and_harms_nobody(doors: DoorThread, http: httpx
 
 
 def test_unknown_paths_and_methods(http: httpx.Client) -> None:
-    response = http.get("/v1/embeddings")
+    response = http.get("/v1/edits")
     assert (response.status_code, response.json()["error"]["type"]) == (404, "NotFoundError")
     response = http.get("/v1/completions")
     assert (response.status_code, response.headers["allow"]) == (405, "POST")
