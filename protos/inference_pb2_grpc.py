@@ -45,6 +45,11 @@ class InferenceStub(object):
                 request_serializer=manta_dot_protos_dot_inference__pb2.ChatRequest.SerializeToString,
                 response_deserializer=manta_dot_protos_dot_inference__pb2.ChatResponse.FromString,
                 _registered_method=True)
+        self.Embed = channel.unary_unary(
+                '/manta.inference.v1.Inference/Embed',
+                request_serializer=manta_dot_protos_dot_inference__pb2.EmbedRequest.SerializeToString,
+                response_deserializer=manta_dot_protos_dot_inference__pb2.EmbedResponse.FromString,
+                _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/manta.inference.v1.Inference/Tokenize',
                 request_serializer=manta_dot_protos_dot_inference__pb2.TokenizeRequest.SerializeToString,
@@ -88,6 +93,12 @@ class InferenceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Chat(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Embed(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -141,6 +152,11 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.Chat,
                     request_deserializer=manta_dot_protos_dot_inference__pb2.ChatRequest.FromString,
                     response_serializer=manta_dot_protos_dot_inference__pb2.ChatResponse.SerializeToString,
+            ),
+            'Embed': grpc.unary_unary_rpc_method_handler(
+                    servicer.Embed,
+                    request_deserializer=manta_dot_protos_dot_inference__pb2.EmbedRequest.FromString,
+                    response_serializer=manta_dot_protos_dot_inference__pb2.EmbedResponse.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
@@ -228,6 +244,33 @@ class Inference(object):
             '/manta.inference.v1.Inference/Chat',
             manta_dot_protos_dot_inference__pb2.ChatRequest.SerializeToString,
             manta_dot_protos_dot_inference__pb2.ChatResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Embed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/manta.inference.v1.Inference/Embed',
+            manta_dot_protos_dot_inference__pb2.EmbedRequest.SerializeToString,
+            manta_dot_protos_dot_inference__pb2.EmbedResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -3,6 +3,7 @@
 from collections.abc import AsyncGenerator
 
 from manta.cluster.doors.rpc_chat import chat
+from manta.cluster.doors.rpc_embed import embed
 from manta.cluster.doors.rpc_errors import answered, streamed
 from manta.cluster.doors.rpc_generate import generate
 from manta.cluster.doors.rpc_load import LoadWatch, load_message
@@ -26,6 +27,10 @@ class InferenceServicer(pb_grpc.InferenceServicer):
     @streamed
     def Chat(self, request: pb.ChatRequest) -> AsyncGenerator[pb.ChatResponse, None]:
         return chat(self._service, request)
+
+    @answered
+    async def Embed(self, request: pb.EmbedRequest) -> pb.EmbedResponse:
+        return await embed(self._service, request)
 
     @answered
     async def Tokenize(self, request: pb.TokenizeRequest) -> pb.TokenizeResponse:
