@@ -12,11 +12,12 @@ TEMPLATE = Path(__file__).parent / "chat_template.jinja"
 
 
 @pytest.fixture(scope="session")
-def server() -> Iterator[ServerProcess]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     process = ServerProcess(
         str(DEMO_MODEL), "--served-model-name", "text2sql", "--dtype", "float32", "--max-num-seqs", "32",
         "--kv-cache-memory-bytes", "64MiB", "--max-num-batched-tokens", "256", "--port", "0", "--grpc-port", "0",
         "--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--chat-template", str(TEMPLATE),
+        "--batch-dir", str(tmp_path_factory.mktemp("batches")),
     )  # fmt: skip
     try:
         yield process.wait_ready()

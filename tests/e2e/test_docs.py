@@ -17,8 +17,10 @@ import pytest
 from tests.support.doc_blocks import Block, blocks_of, pages
 from tests.support.server import ROOT, ServerProcess
 
-# An HTTP error fails the block, with its body; pipes do not hide it.
-_PRELUDE = 'set -euo pipefail\ncurl() { command curl -sS --fail-with-body "$@"; }\n'
+# An HTTP error fails the block, with its body, unless it prints the status itself; pipes do not hide it.
+_PRELUDE = """set -euo pipefail
+curl() { case "$*" in *http_code*) command curl "$@" ;; *) command curl -sS --fail-with-body "$@" ;; esac; }
+"""
 _LIMIT_S = 120
 _PAGES = [page for page in pages() if any(block.runs for block in blocks_of(page))]
 

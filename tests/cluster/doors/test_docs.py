@@ -1,4 +1,4 @@
-"""The example of docs/api.md runs as it is printed."""
+"""The example of docs/tools.md runs as it is printed, with a model that calls the tool."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,7 @@ import pytest
 from tests.cluster.doors.test_tools import AUTO, TEMPLATE, serving
 from tests.support.small_tokenizers import write_model_folder
 
-PAGE = Path(__file__).parents[3] / "docs" / "api.md"
+PAGE = Path(__file__).parents[3] / "docs" / "tools.md"
 
 
 def test_the_example_of_a_tool(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
