@@ -11,12 +11,15 @@ from tqdm.auto import tqdm
 from manta.cluster.doors.bad_words import tokenize_bad_words
 from manta.cluster.doors.chat_format import check_messages, render_chat
 from manta.cluster.doors.output import OutputText
+from manta.cluster.embedding import Embedder, VectorJob, as_pairs, embedding_output, scores
 from manta.cluster.engine.batch import Batch, Job
 from manta.cluster.engine.outputs import (
     BeamSearchOutput,
     BeamSearchSequence,
     CompletionOutput,
+    EmbeddingRequestOutput,
     RequestOutput,
+    ScoringRequestOutput,
 )
 from manta.cluster.engine.types import (
     Beams,
@@ -27,6 +30,7 @@ from manta.cluster.engine.types import (
 from manta.cluster.offline import OfflineEngine
 from manta.cluster.offline_prompts import ADDS_SPECIAL_TOKENS, Params, Prompt, PromptReader, as_prompts, paired
 from manta.configs.beam_search import BeamSearchParams
+from manta.configs.pooling import PoolingParams
 from manta.configs.sampling import SamplingParams
 
 _SHORT_BATCH_S = 1.0  # no progress bar before so many seconds
@@ -157,6 +161,43 @@ class LLM:
         adds_special_tokens = tokenizer.chat_template is None
         prompts = [{"prompt": text, ADDS_SPECIAL_TOKENS: adds_special_tokens} for text in texts]
         return self.generate(prompts, sampling_params, use_tqdm)
+
+    def embed(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        pooling_params: PoolingParams | Sequence[PoolingParams] | None = None,
+        use_tqdm: bool = True,
+        *,
+        truncate_prompt_tokens: int | None = None,
+    ) -> list[EmbeddingRequestOutput]:
+        """One vector per prompt, in order, as the model's pooling has it. Prompts are as those of `generate`;
+        truncate_prompt_tokens keeps so many of their first tokens, -1 as many as fit. Raises as `generate`."""
+        jobs = self._vectors(prompts, pooling_params, use_tqdm, truncate_prompt_tokens)
+        return [embedding_output(job) for job in jobs]
+
+    def score(
+        self,
+        text_1: str | Sequence[str],
+        text_2: str | Sequence[str],
+        use_tqdm: bool = True,
+        *,
+        truncate_prompt_tokens: int | None = None,
+    ) -> list[ScoringRequestOutput]:
+        """How alike each text_2 is to the text_1, or to its own one: the cosine of their vectors. Raises as `embed`."""
+        first, second = as_pairs(text_1, text_2)
+        return scores(self._vectors([*first, *second], None, use_tqdm, truncate_prompt_tokens), len(first))
+
+    def _vectors(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        params: PoolingParams | Sequence[PoolingParams] | None,
+        use_tqdm: bool,
+        truncate: int | None,
+    ) -> list[VectorJob]:
+        num_prompts = len(prompts) if isinstance(prompts, list) else None
+        embedder = Embedder(self._offline, self._run_jobs)
+        with self._lock, _progress(num_prompts, "Prompts", use_tqdm) as bar:
+            return embedder.embed(prompts, params, self._next_request_id, bar.update, truncate)
 
     def _params_of(self, sampling_params: Params | None, num_prompts: int | None) -> Params:
         if sampling_params is None:

@@ -12,7 +12,7 @@ from manta.configs.sampling import SamplingParams
 Prompt = str | Sequence[int] | dict[str, Any]
 Params = SamplingParams | Iterable[SamplingParams]  # for all prompts, or one each
 ADDS_SPECIAL_TOKENS = "add_special_tokens"  # of a prompt that is a dict
-_SPECIAL_TOKENS = 8  # more than any tokenizer adds to a text
+SPECIAL_TOKENS = 8  # more than any tokenizer adds to a text
 
 
 def as_prompts(prompts: Prompt | Iterable[Prompt]) -> Iterator[Prompt] | list[Prompt]:
@@ -44,7 +44,7 @@ class PromptReader:
     def check(self, prompts: Sequence[Prompt], params: Params) -> None:
         """Finds what is wrong with one of many prompts before any runs. Texts too short to be too long, which most are,
         need no tokenizer for that. Raises ValueError."""
-        longest = (self._max_model_len - _SPECIAL_TOKENS) // 4  # characters: at most four bytes, and a token for each
+        longest = (self._max_model_len - SPECIAL_TOKENS) // 4  # characters: at most four bytes, and a token for each
         is_one = isinstance(params, SamplingParams)
         if not is_one and not isinstance(params, Sequence):
             return  # of an iterator it is not known yet

@@ -25,7 +25,7 @@ class PoolingParams(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    dimensions: int | None = Field(None, ge=1)  # only so many of the first values
+    dimensions: int | None = Field(default=None, ge=1)  # only so many of the first values
     normalize: bool | None = None  # to length 1, after that
 
 

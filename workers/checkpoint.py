@@ -9,8 +9,8 @@ from typing import Any, Self
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from manta.configs.weights import WeightError
 from manta.workers.read_ahead import Extent
-from manta.workers.weights import WeightError
 
 INDEX_NAME = "model.safetensors.index.json"
 _PREFIX = "model."

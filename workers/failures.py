@@ -14,7 +14,7 @@ def status_of(error: Exception) -> grpc.StatusCode:
     """The status code of a call that raised `error`."""
     from torch import OutOfMemoryError  # here, so that a worker answers before torch is imported
 
-    from manta.workers.capacity import CapacityError
+    from manta.configs.capacity import CapacityError
     from manta.workers.rank import PlacementError
 
     if isinstance(error, OrderError):

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from manta.configs.quantization import QuantizationSpec
+from manta.configs.weights import WeightError
 from manta.workers.checkpoint import Checkpoint
-from manta.workers.weights import WeightError
 
 _KV_SCALE = re.compile(
     r"(model\.layers\.\d+)\.self_attn\."

@@ -5,9 +5,9 @@ import logging
 import torch
 from torch import Tensor
 
+from manta.configs.weights import WeightError, WeightSlice, stage_layers
 from manta.workers.fp8_checkpoint import ScaledCheckpoint
 from manta.workers.models.decoder import CausalLM
-from manta.workers.weights import WeightError, WeightSlice, stage_layers
 
 logger = logging.getLogger(__name__)
 

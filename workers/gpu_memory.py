@@ -8,8 +8,8 @@ from typing import Protocol, TypeVar
 
 import torch
 
+from manta.configs.capacity import CapacityError, KVSize, mib
 from manta.configs.schema import ServeConfig
-from manta.workers.capacity import CapacityError, KVSize, mib
 
 T = TypeVar("T")
 _OUT_OF_MEMORY = ("out of memory", "alloc_failed")  # as CUDA, NCCL and cuBLAS say it in errors of no type of their own

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manta.configs.model import ModelSpec
+from manta.configs.weights import local_size, padded_vocab_size
 from manta.kernels import ops
 from manta.kernels.cpu_decoder.shape import Linear
 from manta.kernels.fp8 import Fp8Rows
 from manta.workers.formats import LinearFormat, Weights
 from manta.workers.mesh import Mesh
-from manta.workers.weights import local_size, padded_vocab_size
 
 
 def _parameter(*shape: int, dtype: torch.dtype, device: torch.device) -> nn.Parameter:

@@ -8,6 +8,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from torch import Tensor
 
 from manta.configs.model import ModelError, ModelSpec
+from manta.configs.weights import WeightError, WeightSlice, weight_names, weight_slice
 from manta.workers.checkpoint import Checkpoint
 from manta.workers.dummy_weights import random_weight
 from manta.workers.formats import Format
@@ -17,7 +18,6 @@ from manta.workers.mesh import Mesh
 from manta.workers.models.decoder import CausalLM
 from manta.workers.read_order import in_disk_order
 from manta.workers.staging import Stager
-from manta.workers.weights import WeightError, WeightSlice, weight_names, weight_slice
 
 _DOWNLOADED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
+from manta.configs.capacity import KVSize, num_cpu_blocks, num_gpu_blocks
 from manta.configs.model import ModelSpec, read_model_spec
 from manta.configs.schema import ServeConfig
+from manta.configs.weights import weight_names, weight_slice
 from manta.kernels import ops
 from manta.workers.assembly import assemble, max_model_len
-from manta.workers.capacity import KVSize, num_cpu_blocks, num_gpu_blocks
 from manta.workers.gpu_memory import CudaMeter, GpuMemory
 from manta.workers.host_cores import num_cores
 from manta.workers.host_memory import available_memory_bytes
@@ -24,7 +25,6 @@ from manta.workers.models.decoder import CausalLM, allocate_kv_cache
 from manta.workers.options import set_up
 from manta.workers.runner import Runner
 from manta.workers.warmup import run_largest_steps, run_small_steps
-from manta.workers.weights import weight_names, weight_slice
 
 logger = logging.getLogger(__name__)
 

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from manta.cluster.engine.outputs import RequestOutput
     from manta.cluster.llm import LLM
     from manta.configs.beam_search import BeamSearchParams
+    from manta.configs.pooling import PoolingParams
     from manta.configs.sampling import RequestOutputKind, SamplingParams
     from manta.configs.structured_outputs import StructuredOutputsParams
 
@@ -16,6 +17,7 @@ __all__ = [
     "LLM",
     "AsyncLLM",
     "BeamSearchParams",
+    "PoolingParams",
     "RequestError",
     "RequestOutput",
     "RequestOutputKind",
@@ -28,6 +30,7 @@ _HOMES = {
     "LLM": "manta.cluster.llm",
     "AsyncLLM": "manta.cluster.async_llm",
     "BeamSearchParams": "manta.configs.beam_search",
+    "PoolingParams": "manta.configs.pooling",
     "RequestError": "manta.cluster.doors.errors",
     "RequestOutput": "manta.cluster.engine.outputs",
     "RequestOutputKind": "manta.configs.sampling",

@@ -18,6 +18,7 @@ from manta import LLM, SamplingParams
 from manta.protos import inference_pb2 as pb
 from manta.protos import inference_pb2_grpc as pb_grpc
 from tests.support.checkpoints import make_checkpoint
+from tests.support.rpc_requests import chat_request, generate_request
 from tests.support.server import ServerProcess
 from tests.support.small_tokenizers import TEXTS, VOCAB_SIZE, write_model_folder
 
@@ -215,3 +216,62 @@ def test_a_bad_grammar_is_refused_at_both_doors(server: ServerProcess) -> None:
         over_grpc(server, bad, PROMPT)
     assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert "parenthesis" in raised.value.details()
+
+
+SEVERAL: dict[str, dict[str, Any]] = {
+    "samples": {"n": 3, "seed": 11, "temperature": 0.7, "logprobs": 2},
+    "best_of": {"n": 2, "best_of": 4, "seed": 3, "temperature": 1.0},
+    "beams": {"n": 2, "best_of": 4, "use_beam_search": True, "length_penalty": 0.5, "early_stopping": "never"},
+    "samples of a grammar": {"n": 2, "seed": 5, "structured_outputs": {"regex": "(x|yz)+"}, "temperature": 1.0},
+}
+
+
+@pytest.mark.parametrize("fields", SEVERAL.values(), ids=SEVERAL.keys())
+def test_doors_agree_about_several_completions(server: ServerProcess, llm: LLM, fields: dict[str, Any]) -> None:
+    fields = {"max_tokens": 10} | fields
+    body = {"prompt": PROMPT, "return_token_ids": True} | fields
+    choices = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).json()["choices"]
+    expected = [(choice["token_ids"], choice["text"], choice["finish_reason"]) for choice in choices]
+    assert len(expected) == fields["n"]
+    with grpc.insecure_channel(server.grpc_address) as channel:
+        for stream in (False, True):
+            request = generate_request({"prompt": PROMPT} | fields, stream=stream)
+            responses = list(pb_grpc.InferenceStub(channel).Generate(request, timeout=60))
+            for index, one in enumerate(expected):
+                mine = [response for response in responses if response.index == index]
+                token_ids = [token for response in mine for token in response.token_ids]
+                assert (token_ids, "".join(response.text for response in mine), mine[-1].finish_reason) == one
+            assert responses[-1].HasField("usage")
+    (output,) = llm.generate(PROMPT, SamplingParams(**fields), use_tqdm=False)
+    assert [(one.token_ids, one.text, one.finish_reason) for one in output.outputs] == expected
+
+
+def test_doors_agree_about_echoed_prompts(server: ServerProcess) -> None:
+    for fields in ({"max_tokens": 0, "logprobs": 1}, {"max_tokens": 3, "n": 2, "seed": 1}):
+        body: dict[str, Any] = {"prompt": PROMPT, "echo": True} | fields
+        choices = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).json()["choices"]
+        with grpc.insecure_channel(server.grpc_address) as channel:
+            responses = list(pb_grpc.InferenceStub(channel).Generate(generate_request(body), timeout=60))
+        assert [one.text for one in responses] == [choice["text"] for choice in choices]
+        assert responses[0].text.startswith(PROMPT)
+        if "logprobs" in fields:
+            told = choices[0]["logprobs"]["token_logprobs"]
+            assert [one.logprob for one in responses[0].prompt_logprobs] == pytest.approx(told[1:], abs=1e-5)
+            assert len(responses[0].prompt_token_ids) == len(told)
+            assert not responses[0].token_ids
+
+
+def test_doors_agree_about_chats(server: ServerProcess, llm: LLM) -> None:
+    messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": PROMPT}]
+    fields: dict[str, Any] = {"max_tokens": 12, "n": 2, "seed": 4, "temperature": 0.8}
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json={"messages": messages} | fields, timeout=60).json()
+    expected = [choice["message"]["content"] for choice in answer["choices"]]
+    with grpc.insecure_channel(server.grpc_address) as channel:
+        for stream in (False, True):
+            request = chat_request({"messages": messages} | fields, stream=stream)
+            responses = list(pb_grpc.InferenceStub(channel).Chat(request, timeout=60))
+            texts = ["".join(one.content for one in responses if one.index == index) for index in range(2)]
+            assert texts == expected
+            assert responses[-1].usage.prompt_tokens == answer["usage"]["prompt_tokens"]
+    (output,) = llm.chat(messages, SamplingParams(**fields), use_tqdm=False)
+    assert [one.text for one in output.outputs] == expected

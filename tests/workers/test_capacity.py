@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
+from manta.configs.capacity import CapacityError, KVSize, num_cpu_blocks, num_gpu_blocks
 from manta.configs.schema import ServeConfig
-from manta.workers.capacity import CapacityError, KVSize, num_cpu_blocks, num_gpu_blocks
 from manta.workers.host_memory import available_memory_bytes
 
 GIB = 2**30

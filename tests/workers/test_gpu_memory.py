@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from manta.configs.capacity import CapacityError, KVSize, num_gpu_blocks
 from manta.configs.model import read_model_spec
 from manta.configs.schema import ServeConfig
-from manta.workers.capacity import CapacityError, KVSize, num_gpu_blocks
 from manta.workers.gpu_memory import GpuMemory, Reading
 from manta.workers.loader import load_model
 from manta.workers.mesh import Mesh

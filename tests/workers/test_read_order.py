@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from manta.configs.weights import WeightError
 from manta.workers import read_ahead, read_order
 from manta.workers.checkpoint import Checkpoint
 from manta.workers.read_ahead import Extent, ReadAhead
 from manta.workers.read_order import Progress, in_disk_order
-from manta.workers.weights import WeightError
 
 MIB = 2**20
 

@@ -1,7 +1,7 @@
 """A decoder of the Llama kind. What sets Llama, Mistral, Qwen2 and Qwen3 apart are fields of ModelSpec: biases, norms
 of queries and keys, windows, rotary scaling, tied embeddings.
 
-Names of modules are the targets in workers/weights.py.
+Names of modules are the targets in configs/weights.py.
 """
 
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from manta.configs.model import ModelSpec
+from manta.configs.weights import local_size, num_local_kv_heads, stage_layers
 from manta.kernels import ops
 from manta.kernels.cpu_decoder.shape import LayerWeights, StageShape
 from manta.kernels.fp8 import Fp8Rows
@@ -19,7 +20,6 @@ from manta.workers.formats import Format, plain
 from manta.workers.layers import Layer, LMHead, MergedColumnLinear, QKVLinear, RMSNorm, RowLinear, VocabEmbedding
 from manta.workers.mesh import Mesh
 from manta.workers.rope import rope_table
-from manta.workers.weights import local_size, num_local_kv_heads, stage_layers
 
 if TYPE_CHECKING:  # it needs numba, which only CPUs do
     from manta.kernels.cpu_decoder.stage import CpuStage

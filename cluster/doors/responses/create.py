@@ -6,8 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import orjson
-
 from manta.cluster.doors import patience
 from manta.cluster.doors.answer import AnswerPlan
 from manta.cluster.doors.chat import read_chat
@@ -18,7 +16,7 @@ from manta.cluster.doors.responses.events import EventLog
 from manta.cluster.doors.responses.items import Item, chat_messages, check_calls, read_input
 from manta.cluster.doors.responses.run import Run
 from manta.cluster.doors.responses.settings import Settings, read_settings, retold
-from manta.cluster.doors.responses.store import ResponseStore, Stored, Turn
+from manta.cluster.doors.responses.store import ResponseStore, Stored, Turn, packed
 from manta.cluster.doors.responses.truncation import fit_messages
 from manta.cluster.doors.service import Service
 from manta.cluster.doors.validate import Resolved, shown
@@ -99,7 +97,7 @@ class CreateResponse:
             plan, resolved = await fit_messages(messages, most, resolve)
         else:
             plan, resolved = await resolve(messages)
-        return _Asked(settings, Turn(orjson.dumps(own), parent), resolved, plan)
+        return _Asked(settings, Turn(packed(own), parent), resolved, plan)
 
     def _parent(self, previous_id: str) -> Turn:
         """What the conversation was before. Raises RequestError."""

@@ -1,7 +1,7 @@
 """Thousands of random requests, in and out of range, through both doors of one server, beside a neighbour."""
 
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from manta.protos import inference_pb2_grpc as pb_grpc
 from tests.cluster.doors.test_verdicts import CODES, PROMPT, SAMPLING
 from tests.support.door_server import MAX_MODEL_LEN, DoorThread
 from tests.support.fake_client import FakeClient
+from tests.support.rpc_requests import chat_request, error_of, generate_request
 
 NUM_REQUESTS = 2000
 VOCAB_SIZE = 512
@@ -39,6 +40,10 @@ ALLOWED: dict[str, st.SearchStrategy[Any]] = {
     "allowed_token_ids": st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=4),
     "bad_words": st.lists(st.sampled_from(["a", " b", "c" * 256]), min_size=1, max_size=128),
     "truncate_prompt_tokens": st.sampled_from([-1, 1, 17, MAX_MODEL_LEN]),
+    "n": st.sampled_from([1, 2, 3]),
+    "best_of": st.sampled_from([1, 3, 4]),
+    "use_beam_search": st.just(True),
+    "length_penalty": st.sampled_from([-1.5, 0.0, 1.0, 2.0]),
 }
 
 
@@ -48,19 +53,85 @@ def values(names: list[str], allowed: bool) -> st.SearchStrategy[dict[str, Any]]
 
 
 NAMES = st.lists(st.sampled_from(sorted(SAMPLING)), max_size=3, unique=True)
-REQUESTS = st.fixed_dictionaries(
-    {
+BEAMS = st.sampled_from(["n", "best_of", "length_penalty", "early_stopping", "max_tokens"])
+BEAM_NAMES = st.lists(BEAMS, max_size=4, unique=True).map(lambda names: [*names, "use_beam_search"])
+FIELDS = st.sampled_from([NAMES, NAMES, NAMES, BEAM_NAMES]).flatmap(
+    lambda names: st.tuples(names, st.sampled_from([True, True, False])).flatmap(lambda drawn: values(*drawn))
+)
+COMMON = {
+    "sampling": FIELDS,
+    "stream": st.booleans(),
+    "model": st.sampled_from(["tiny"] * 6 + ["", "other"]),
+    "priority": st.sampled_from([0] * 6 + [-(2**31), 2**31 - 1]),
+    "cache_salt": st.sampled_from([""] * 6 + ["s" * 1024, "s" * 1025]),
+    "request_id": st.sampled_from([""] * 6 + ["r" * 128, "r" * 129, "two words"]),
+    "add_special_tokens": st.booleans(),
+}
+COMPLETIONS = st.fixed_dictionaries(
+    COMMON
+    | {
         "prompt": st.just([9, 10]) | st.text(max_size=30) | PROMPT,
-        "sampling": st.tuples(NAMES, st.sampled_from([True, True, False])).flatmap(lambda drawn: values(*drawn)),
-        "stream": st.booleans(),
-        "model": st.sampled_from(["tiny"] * 6 + ["", "other"]),
-        "priority": st.sampled_from([0] * 6 + [-(2**31), 2**31 - 1]),
-        "cache_salt": st.sampled_from([""] * 6 + ["s" * 1024, "s" * 1025]),
-        "request_id": st.sampled_from([""] * 6 + ["r" * 128, "r" * 129, "two words"]),
-        "add_special_tokens": st.booleans(),
+        "echo": st.sampled_from([False, False, True]),
     }
 )
-Verdict = tuple[str, str | None, str]  # status, the field at fault, and the message; of an accepted one: its text
+CONTENT = st.text(max_size=30) | st.lists(st.fixed_dictionaries({}, optional={"text": st.text(max_size=9)}), max_size=2)
+FUNCTION = st.fixed_dictionaries(
+    {"name": st.sampled_from(["f", "g", "", "f" * 129])},
+    optional={
+        "description": st.just("d"),
+        "parameters": st.sampled_from([{}, {"type": "object"}, [], {"type": "strange"}, {"properties": {"a": 1}}]),
+    },
+)
+CALL = st.fixed_dictionaries(
+    {},
+    optional={
+        "id": st.just("1"),
+        "function": st.fixed_dictionaries(
+            {"name": st.just("f"), "arguments": st.sampled_from(["{}", '{"a": 1}', "[]", "{", ""])}
+        ),
+    },
+)
+MESSAGE = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "user", "system", "assistant", "tool", ""])},
+    optional={
+        "content": CONTENT,
+        "name": st.just("Eva"),
+        "reasoning": st.just("Hm."),
+        "tool_call_id": st.just("1"),
+        "tool_calls": st.lists(CALL, min_size=1, max_size=2),
+    },
+)
+# The tiny model's template refuses tools and their results, which is a verdict too.
+CHATS = st.fixed_dictionaries(
+    COMMON
+    | {
+        "messages": st.lists(st.just({"role": "user", "content": "Hello"}), min_size=1, max_size=1)
+        | st.lists(MESSAGE, max_size=3)
+    },
+    optional={
+        "tools": st.lists(
+            st.fixed_dictionaries({"type": st.just("function")}, optional={"function": FUNCTION}), max_size=2
+        ),
+        "tool_choice": st.sampled_from(["auto", "none", "required", {"type": "function", "function": {"name": "f"}}]),
+        "parallel_tool_calls": st.booleans(),
+        "include_reasoning": st.booleans(),
+        "add_generation_prompt": st.booleans(),
+        "continue_final_message": st.booleans(),
+        "chat_template_kwargs": st.sampled_from([{}, {"mood": "glad"}, {"tokenize": 1}, [1], None, "x"]),
+        "response_format": st.sampled_from(
+            [
+                {"type": "text"},
+                {"type": "json_object"},
+                {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}},
+                {"type": "json_schema", "json_schema": {"name": "x", "schema": {"uniqueItems": True}}},
+                {"type": "json_schema", "json_schema": {"schema": {}}},
+                {"type": "json_schema"},
+                {"type": ""},
+            ]
+        ),
+    },
+)
+Verdict = tuple[str, Any, str]  # status, the field at fault, and the message; of an accepted one: reasons and texts
 
 
 @pytest.fixture(scope="module")
@@ -69,33 +140,39 @@ def own_doors(model_folder: Path) -> Iterator[DoorThread]:
         yield doors
 
 
-def over_http(http: httpx.Client, request: dict[str, Any]) -> Verdict:
+def body_of(request: dict[str, Any]) -> dict[str, Any]:
     body = {name: value for name, value in request.items() if name not in ("sampling", "stream")}
-    body = body | {"seed": 7} | request["sampling"]
-    if not body["request_id"]:
-        del body["request_id"]
-    answer = http.post("/v1/completions", json=body)
+    sampling = dict(request["sampling"])
+    if "messages" in body and "logprobs" in sampling:  # chat has two fields for it
+        sampling |= {"logprobs": True, "top_logprobs": sampling["logprobs"] % 21}
+    return {name: value for name, value in (body | {"seed": 7} | sampling).items() if name != "request_id" or value}
+
+
+def over_http(http: httpx.Client, body: dict[str, Any]) -> Verdict:
+    answer = http.post("/v1/chat/completions" if "messages" in body else "/v1/completions", json=body)
     if answer.status_code == 200:
-        (choice,) = answer.json()["choices"]
-        return "OK", choice["finish_reason"], choice["text"]
+        choices = answer.json()["choices"]
+        texts = [choice["text"] if "text" in choice else choice["message"]["content"] for choice in choices]
+        return "OK", [choice["finish_reason"] for choice in choices], "|".join(texts)
     error = answer.json()["error"]
     return CODES[answer.status_code], error["param"], error["message"]
 
 
-def over_grpc(stub: pb_grpc.InferenceStub, request: dict[str, Any]) -> Verdict:
-    message = pb.GenerateRequest(sampling=pb.SamplingParams(**({"seed": 7} | request["sampling"])))
-    for name in ("model", "priority", "cache_salt", "stream", "request_id", "add_special_tokens"):
-        setattr(message, name, request[name])
-    if isinstance(request["prompt"], str):
-        message.text = request["prompt"]
-    else:
-        message.tokens.SetInParent()
-        message.tokens.ids.extend(request["prompt"])
+def over_grpc(stub: pb_grpc.InferenceStub, body: dict[str, Any], stream: bool) -> Verdict:
+    texts: defaultdict[int, str] = defaultdict(str)
+    reasons = {}
     try:
-        responses = list(stub.Generate(message, timeout=30))
+        if "messages" in body:
+            for piece in stub.Chat(chat_request(body, stream=stream), timeout=30):
+                texts[piece.index] += piece.content
+                reasons[piece.index] = piece.finish_reason
+        else:
+            for response in stub.Generate(generate_request(body, stream=stream), timeout=30):
+                texts[response.index] += response.text
+                reasons[response.index] = response.finish_reason
     except grpc.RpcError as error:
-        return error.code().name, dict(error.trailing_metadata()).get("error-param"), error.details()
-    return "OK", responses[-1].finish_reason, "".join(response.text for response in responses)
+        return error_of(error)
+    return "OK", [reasons[index] for index in sorted(reasons)], "|".join(texts[index] for index in sorted(reasons))
 
 
 class Neighbour:
@@ -146,10 +223,11 @@ def test_both_doors_agree_on_every_request_and_a_neighbour_notices_nothing(own_d
             phases=[Phase.generate, Phase.shrink],
             suppress_health_check=list(HealthCheck),
         )
-        @given(REQUESTS)
+        @given(st.sampled_from([COMPLETIONS, COMPLETIONS, CHATS]).flatmap(lambda kind: kind))
         def agree(request: dict[str, Any]) -> None:
-            verdict = over_http(http, request)
-            assert over_grpc(stub, request) == verdict
+            body = body_of(request)
+            verdict = over_http(http, body)
+            assert over_grpc(stub, body, request["stream"]) == verdict
             verdicts[verdict[0]] += 1
             if verdict[0] != "OK":
                 refused.add(verdict[1])
@@ -160,7 +238,9 @@ def test_both_doors_agree_on_every_request_and_a_neighbour_notices_nothing(own_d
         assert stub.GetLoad(pb.GetLoadRequest()).num_blocks
     assert verdicts.total() >= NUM_REQUESTS
     assert min(verdicts["OK"], verdicts["INVALID_ARGUMENT"], 10 * verdicts["NOT_FOUND"]) > NUM_REQUESTS / 5, verdicts
-    assert refused >= {"prompt", "model", "cache_salt", "request_id", "max_tokens", "stop", "logprobs", "temperature"}
+    assert refused >= {"prompt", "messages", "model", "cache_salt", "request_id"}
+    assert len(refused & SAMPLING.keys()) > 12
+    assert any(str(param).startswith("tools[") for param in refused)
     assert neighbour.answers
     assert all(answer == neighbour.alone for answer in neighbour.answers)
     assert not len(own_doors.service.running)

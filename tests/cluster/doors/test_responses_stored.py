@@ -4,6 +4,7 @@ import asyncio
 import random
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -332,6 +333,19 @@ def test_bytes_are_counted_as_long_as_a_conversation_needs_them() -> None:
     for one in known:
         store.remove(one)
     assert (store.num_bytes, len(store), store._tenants) == (0, 0, {})
+
+
+def test_stored_responses_take_the_memory_that_is_counted() -> None:
+    store = ResponseStore(max_responses=10**6, max_bytes=10**9)
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        for number in range(300):
+            add(store, number, "a", 5000)
+        after, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert store.num_bytes / 2 < after - before < store.num_bytes
 
 
 def test_cancelling_and_finishing_at_once(doors: DoorThread, engine: FakeClient) -> None:

@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from manta.cluster.doors import fields
-from manta.protos import inference_pb2 as pb
 from manta.protos import inference_pb2_grpc as pb_grpc
 from tests.support.door_server import DoorThread
+from tests.support.rpc_requests import error_of, generate_request
 
 INT32 = st.sampled_from([-(2**31), -2, -1, 0, 1, 2, 17, 250, 254, 255, 256, 257, 512, 2**31 - 1]) | st.integers(0, 40)
 # As a person writes them: the shortest number for what 32 bits can tell apart.
@@ -44,6 +44,11 @@ SAMPLING = {
     "allowed_token_ids": st.lists(st.integers(-1, 512), min_size=1, max_size=4),
     "bad_words": st.lists(st.sampled_from(["a", " b", "", " ", "c" * 257]), min_size=1, max_size=3),
     "truncate_prompt_tokens": INT32,
+    "n": st.sampled_from([-1, 0, 1, 2, 3, 129, 2**31 - 1]),
+    "best_of": st.sampled_from([-1, 0, 1, 2, 3, 4, 129]),
+    "use_beam_search": st.booleans(),
+    "length_penalty": FLOAT,
+    "early_stopping": st.sampled_from([False, True, "never"]),
 }
 PROMPT = st.text(max_size=300) | st.lists(st.integers(-1, 513), max_size=4) | st.just([9] * 255) | st.just([9] * 256)
 REQUEST = st.fixed_dictionaries(
@@ -82,19 +87,11 @@ def over_http(http: httpx.Client, request: dict[str, Any]) -> tuple[str, str | N
 
 
 def over_grpc(stub: pb_grpc.InferenceStub, request: dict[str, Any]) -> tuple[str, str | None, str]:
-    message = pb.GenerateRequest(sampling=pb.SamplingParams(**request.get("sampling", {})))
-    for name in ("model", "priority", "cache_salt"):
-        if name in request:
-            setattr(message, name, request[name])
-    if isinstance(request["prompt"], str):
-        message.text = request["prompt"]
-    else:
-        message.tokens.SetInParent()
-        message.tokens.ids.extend(request["prompt"])
+    body = {name: value for name, value in request.items() if name != "sampling"} | request.get("sampling", {})
     try:
-        list(stub.Generate(message))
+        list(stub.Generate(generate_request(body)))
     except grpc.RpcError as error:
-        return error.code().name, dict(error.trailing_metadata()).get("error-param"), error.details()
+        return error_of(error)
     return "OK", None, ""
 
 

@@ -12,11 +12,11 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 from transformers import PreTrainedModel
 
 from manta.configs.model import ModelError, read_model_spec
+from manta.configs.weights import WeightError
 from manta.kernels import ops
 from manta.workers.formats import Format, Weights, choose_format
 from manta.workers.loader import load_model
 from manta.workers.mesh import Mesh, connect_mesh
-from manta.workers.weights import WeightError
 from tests.support.checkpoints import make_checkpoint, make_model
 from tests.support.fp8_checkpoints import FORMATS, make_fp8_checkpoint, meant_model, with_fp8_pages
 from tests.support.ranks import run_ranks

@@ -3,9 +3,31 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 from manta.configs.model import ModelError, ModelSpec
-from manta.workers.mesh import Mesh
+
+
+class Place(Protocol):
+    """Where a rank stands among those of its replica: a worker's Mesh, or one that is only planned."""
+
+    @property
+    def tp_rank(self) -> int: ...
+
+    @property
+    def tp_size(self) -> int: ...
+
+    @property
+    def pp_rank(self) -> int: ...
+
+    @property
+    def pp_size(self) -> int: ...
+
+    @property
+    def is_first_stage(self) -> bool: ...
+
+    @property
+    def is_last_stage(self) -> bool: ...
 
 
 class WeightError(ModelError):
@@ -74,12 +96,12 @@ def dim_size(spec: ModelSpec, dim: str) -> int:
     }[dim]
 
 
-def dim_slice(spec: ModelSpec, mesh: Mesh, dim: str) -> slice:
+def dim_slice(spec: ModelSpec, place: Place, dim: str) -> slice:
     """The rank's part of a dim: whole heads, and a KV head on several ranks where there are fewer of them than ranks.
 
     Raises ModelError if the heads cannot be split over the tp ranks.
     """
-    rank, tp_size = mesh.tp_rank, mesh.tp_size
+    rank, tp_size = place.tp_rank, place.tp_size
     if dim in ("hidden", "head_dim"):
         return slice(0, dim_size(spec, dim))
     if dim == "vocab":
@@ -100,9 +122,9 @@ def dim_slice(spec: ModelSpec, mesh: Mesh, dim: str) -> slice:
     return slice(first * spec.head_dim, (first + num) * spec.head_dim)
 
 
-def local_size(spec: ModelSpec, mesh: Mesh, *dims: str) -> int:
+def local_size(spec: ModelSpec, place: Place, *dims: str) -> int:
     """Rows that the rank's parts of `dims` take together."""
-    parts = [dim_slice(spec, mesh, dim) for dim in dims]
+    parts = [dim_slice(spec, place, dim) for dim in dims]
     return sum(part.stop - part.start for part in parts)
 
 
@@ -134,12 +156,12 @@ def weight_names(spec: ModelSpec) -> Iterator[str]:
                 yield f"model.layers.{layer}.{name}"
 
 
-def weight_slice(spec: ModelSpec, mesh: Mesh, name: str) -> WeightSlice | None:
+def weight_slice(spec: ModelSpec, place: Place, name: str) -> WeightSlice | None:
     """The rank's part of the checkpoint tensor `name`, one of weight_names; None if its stage does not hold it."""
     prefix = ""
     layer_name = _LAYER_NAME.fullmatch(name)
     if layer_name:
-        layers = stage_layers(spec.num_layers, mesh.pp_rank, mesh.pp_size)
+        layers = stage_layers(spec.num_layers, place.pp_rank, place.pp_size)
         layer = int(layer_name[1])
         if layer not in layers:
             return None
@@ -147,17 +169,17 @@ def weight_slice(spec: ModelSpec, mesh: Mesh, name: str) -> WeightSlice | None:
         rule = LAYER_RULES[layer_name[2]]
     else:
         rule = MODEL_RULES[name]
-        if rule.target == "embed.weight" and not mesh.is_first_stage:
-            if not (spec.has_lm_head and spec.tie_word_embeddings and mesh.is_last_stage):
+        if rule.target == "embed.weight" and not place.is_first_stage:
+            if not (spec.has_lm_head and spec.tie_word_embeddings and place.is_last_stage):
                 return None
             rule = MODEL_RULES["lm_head.weight"]
-        elif rule.target != "embed.weight" and not mesh.is_last_stage:
+        elif rule.target != "embed.weight" and not place.is_last_stage:
             return None
     return WeightSlice(
         target=prefix + rule.target,
-        target_start=local_size(spec, mesh, *rule.after),
+        target_start=local_size(spec, place, *rule.after),
         shape=tuple(dim_size(spec, dim) for dim in rule.dims),
-        source=tuple(dim_slice(spec, mesh, dim) for dim in rule.dims),
+        source=tuple(dim_slice(spec, place, dim) for dim in rule.dims),
     )
 
 

@@ -1,9 +1,10 @@
 """How many KV blocks a rank can hold."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol, Self
 
 from manta.configs.schema import ServeConfig
-from manta.kernels.metadata import KVCache
 
 CPU_SHARE = 0.25  # of the free memory, for all ranks of the host together
 CPU_MAX_BYTES = 4 * 2**30
@@ -16,6 +17,13 @@ class CapacityError(RuntimeError):
     """The memory does not hold a useful number of KV blocks; the message has the numbers and the flags to change."""
 
 
+class Pages(Protocol):
+    """A tensor of KV blocks."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+
 @dataclass(frozen=True, slots=True)
 class KVSize:
     """What one block takes: keys and values of every layer have a tensor of their own."""
@@ -25,8 +33,8 @@ class KVSize:
     block_size: int  # tokens
 
     @classmethod
-    def of(cls, one_block: KVCache, block_size: int) -> "KVSize":
-        """From a cache of a single block."""
+    def of(cls, one_block: Iterable[tuple[Pages, Pages]], block_size: int) -> Self:
+        """From a cache of a single block: per layer, keys and values."""
         tensors = [pages for layer in one_block for pages in layer]
         return cls(len(tensors), tensors[0].nbytes, block_size)
 
