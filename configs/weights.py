@@ -1,7 +1,8 @@
 """Which part of each checkpoint tensor a rank holds, and where in its model it goes: one table and pure functions."""
 
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -181,6 +182,17 @@ def weight_slice(spec: ModelSpec, place: Place, name: str) -> WeightSlice | None
         shape=tuple(dim_size(spec, dim) for dim in rule.dims),
         source=tuple(dim_slice(spec, place, dim) for dim in rule.dims),
     )
+
+
+def weight_bytes(spec: ModelSpec, place: Place, itemsize_of: Callable[[str], int]) -> int:
+    """Of a rank's parts of the checkpoint. itemsize_of: bytes per value of the tensor with this name; kernels may pack
+    them into a little more, and scales are not counted."""
+    num_bytes = 0
+    for name in weight_names(spec):
+        part = weight_slice(spec, place, name)
+        if part is not None:
+            num_bytes += math.prod(axis.stop - axis.start for axis in part.source) * itemsize_of(name)
+    return num_bytes
 
 
 def _has(spec: ModelSpec, name: str) -> bool:

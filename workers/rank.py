@@ -2,7 +2,6 @@
 
 import gc
 import logging
-import math
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import torch
 from manta.configs.capacity import KVSize, num_cpu_blocks, num_gpu_blocks
 from manta.configs.model import ModelSpec, read_model_spec
 from manta.configs.schema import ServeConfig
-from manta.configs.weights import weight_names, weight_slice
+from manta.configs.weights import weight_bytes
 from manta.kernels import ops
 from manta.workers.assembly import assemble, max_model_len
 from manta.workers.gpu_memory import CudaMeter, GpuMemory
@@ -109,7 +108,7 @@ def load_rank(config: ServeConfig, placement: Placement) -> LoadedRank:
         model=model,
         dtype=dtype,
         num_blocks=num_blocks,
-        weight_bytes=_weight_bytes(spec, mesh, model),
+        weight_bytes=weight_bytes(spec, mesh, lambda name: format.itemsize_of(spec, name)),
         bytes_per_block=kv.block_bytes,
         load_s=loaded_s - started_s,
         profile_s=time.perf_counter() - loaded_s,
@@ -156,17 +155,6 @@ def _connect(config: ServeConfig, placement: Placement, device: torch.device) ->
         host=placement.rendezvous_host,
         port=placement.rendezvous_port,
     )
-
-
-def _weight_bytes(spec: ModelSpec, mesh: Mesh, model: CausalLM) -> int:
-    """Of this rank's parts of the checkpoint; kernels may pack them into a little more."""
-    num_bytes = 0
-    for name in weight_names(spec):
-        part = weight_slice(spec, mesh, name)
-        if part is not None:
-            num_weights = math.prod(axis.stop - axis.start for axis in part.source)
-            num_bytes += num_weights * model.format.itemsize_of(spec, name)
-    return num_bytes
 
 
 def _during(memory: GpuMemory | None, what: str) -> AbstractContextManager[None]:

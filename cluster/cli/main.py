@@ -11,6 +11,7 @@ usage: manta COMMAND [flags]
 
 commands:
   serve MODEL    serve a model over HTTP (OpenAI-compatible) and gRPC
+  plan CONFIG    what a deployment will take of its GPUs' memory, and whether it fits
   chat           talk to a running server
   complete       continue a text with a running server
   top            watch the block tables of a running server
@@ -51,6 +52,12 @@ def _serve(argv: list[str]) -> int:
     return serve(argv)
 
 
+def _plan(argv: list[str]) -> int:
+    from manta.cluster.cli.plan import plan
+
+    return plan(argv)
+
+
 def _chat(argv: list[str]) -> int:
     from manta.cluster.cli.talk import chat
 
@@ -89,6 +96,7 @@ def _collect_env(argv: list[str]) -> int:
 
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "serve": _serve,
+    "plan": _plan,
     "chat": _chat,
     "complete": _complete,
     "top": _top,

@@ -1,25 +1,37 @@
-"""POST /v1/messages and /v1/messages/count_tokens: the Anthropic Messages API over the same engine."""
+"""POST /v1/messages and /v1/messages/count_tokens: the Anthropic Messages API over the same calls as chat."""
 
 import contextlib
+from dataclasses import dataclass
 from typing import Any
 
-import orjson
-
-from manta.cluster.doors.chat_format import render_chat
+from manta.cluster.doors.answer import AnswerPlan
+from manta.cluster.doors.chat import read_chat
 from manta.cluster.doors.errors import RequestError
 from manta.cluster.doors.exchange import Reply, error_headers
-from manta.cluster.doors.messages_format import (
-    chat_messages,
-    error_body,
-    read_body,
-    sampling_fields,
-    stop_fields,
-    usage_body,
+from manta.cluster.doors.messages_blocks import chat_messages
+from manta.cluster.doors.messages_fields import (
+    Thinking,
+    apply_output_format,
+    read_thinking,
+    retold,
+    template_arguments,
+    tool_fields,
 )
-from manta.cluster.doors.openai_call import collect_call, started
+from manta.cluster.doors.messages_format import error_body, read_body, sampling_fields, stop_fields, usage_body
+from manta.cluster.doors.messages_output import ContentBlocks, event_bytes
+from manta.cluster.doors.openai_call import started
+from manta.cluster.doors.output import Delta
+from manta.cluster.doors.responses.reading import AnswerReading
 from manta.cluster.doors.service import Service
 from manta.cluster.doors.usage import Usage
 from manta.cluster.doors.validate import Ask, Resolved, check_bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    ask: Ask
+    plan: AnswerPlan
+    thinking: Thinking
 
 
 class Messages:
@@ -33,46 +45,57 @@ class Messages:
         service.running.check_open()
         given = read_body(body)
         streams = check_bool(given.get("stream", False), "stream")
-        text, adds_special = _prompt(service, given)
-        ask = Ask(
-            prompt=text,
-            sampling=sampling_fields(given),
-            model=given["model"],
-            add_special_tokens=adds_special,
-            fills_context=True,
-            prompt_param="messages",
-        )
         request_id = service.free_id("msg", header_id)
-        resolved = await service.validator.resolve(ask, request_id)
+        try:
+            asked = _read(service, given)
+            resolved = await service.validator.resolve(asked.ask, request_id)
+        except RequestError as error:
+            raise retold(error)
         head = {"id": request_id, "type": "message", "role": "assistant", "model": service.config.model_name}
+        answer = _Answer(service, asked, resolved, streams=streams)
         if streams:
-            await self._stream(head, resolved, reply)
+            await self._stream(head, resolved, answer, reply)
             return
-        (one,), usage = await collect_call(service, request_id, resolved)
-        content = [{"type": "text", "text": one.text}] if one.text else []
-        stop = stop_fields(one.finish_reason, one.stop_reason)
-        await reply.json(head | {"content": content} | stop | {"usage": usage_body(usage.counts())})
+        with service.running.call(request_id, resolved) as call:
+            async with contextlib.aclosing(call.deltas()) as deltas:
+                async for _, delta in deltas:
+                    answer.push(delta)
+        await reply.json(head | {"content": answer.blocks.end()} | answer.stop | {"usage": answer.usage()})
 
-    async def _stream(self, head: dict[str, Any], resolved: Resolved, reply: Reply) -> None:
-        usage = Usage(resolved)
-        begin = head | {"content": [], "stop_reason": None, "stop_sequence": None, "usage": usage_body(usage.counts())}
-        block = {"index": 0, "content_block": {"type": "text", "text": ""}}
-        opening = _event("message_start", {"message": begin}) + _event("content_block_start", block)
+    async def _stream(self, head: dict[str, Any], resolved: Resolved, answer: "_Answer", reply: Reply) -> None:
+        begin = head | {"content": [], "stop_reason": None, "stop_sequence": None, "usage": answer.usage()}
+        opening = event_bytes("message_start", {"message": begin})
         with self._service.running.call(head["id"], resolved) as call:
-            async with contextlib.aclosing(started(call.deltas(), reply)) as deltas:
-                async for index, delta in deltas:
-                    usage.add(index, delta)
-                    data, opening = opening, b""
-                    if delta.text:
-                        text = {"index": 0, "delta": {"type": "text_delta", "text": delta.text}}
-                        data += _event("content_block_delta", text)
-                    if delta.finish_reason is not None:
-                        stop = stop_fields(delta.finish_reason, delta.stop_reason)
-                        data += _event("content_block_stop", {"index": 0})
-                        data += _event("message_delta", {"delta": stop, "usage": usage_body(usage.counts())})
+            async with contextlib.aclosing(started(call.deltas(), reply, opening)) as deltas:
+                async for _, delta in deltas:
+                    answer.push(delta)
+                    data = answer.blocks.take_events()
                     if data:
                         await reply.events(data)
-            await reply.end_events(_event("message_stop", {}), is_done_told=False)
+            answer.blocks.end()
+            data = answer.blocks.take_events()
+            data += event_bytes("message_delta", {"delta": answer.stop, "usage": answer.usage()})
+            await reply.end_events(data + event_bytes("message_stop", {}), is_done_told=False)
+
+
+class _Answer:
+    """The answer as it grows."""
+
+    def __init__(self, service: Service, asked: _Asked, resolved: Resolved, *, streams: bool) -> None:
+        self.blocks = ContentBlocks(streams=streams, shows_thinking=asked.thinking.is_shown)
+        self.stop: dict[str, Any] = {}
+        self._usage = Usage(resolved)
+        self._reading = AnswerReading(asked.plan, resolved, service.validator.tokenizer, self.blocks)
+
+    def push(self, delta: Delta) -> None:
+        self._usage.add(0, delta)
+        self._reading.push(delta)
+        if delta.finish_reason is not None:
+            self.stop = stop_fields(delta.finish_reason, delta.stop_reason, self.blocks.num_calls > 0)
+
+    def usage(self) -> dict[str, Any]:
+        details = {"thinking_tokens": self._reading.num_reasoning_tokens()}
+        return usage_body(self._usage.counts()) | {"output_tokens_details": details}
 
 
 class CountTokens:
@@ -83,22 +106,33 @@ class CountTokens:
 
     async def __call__(self, body: dict[str, Any], header_id: str, reply: Reply) -> None:
         given = read_body(body, only_counts=True)
-        text, adds_special = _prompt(self._service, given)
-        token_ids = await self._service.validator.encode(text, adds_special)
+        try:
+            ask = _read(self._service, given).ask
+        except RequestError as error:
+            raise retold(error)
+        token_ids = await self._service.validator.encode(ask.prompt, ask.add_special_tokens)
         await reply.json({"input_tokens": len(token_ids)})
 
 
-def _prompt(service: Service, given: dict[str, Any]) -> tuple[str, bool]:
-    """The text of the conversation, and whether the tokenizer adds its special tokens. An answer that the client has
-    begun, as the last message of the assistant, is continued."""
+def _read(service: Service, given: dict[str, Any]) -> _Asked:
+    """What a checked body asks for. An answer that the client has begun, as the last message of the assistant, is
+    continued. Raises RequestError, which may speak of fields of a chat call."""
     service.validator.check_model(given["model"])
-    messages, tokenizer = chat_messages(given), service.validator.tokenizer
+    messages = chat_messages(given)
+    thinking = read_thinking(given, service.config)
     continues = messages[-1]["role"] == "assistant"
-    return render_chat(tokenizer, messages, not continues, continues, {}), tokenizer.chat_template is None
-
-
-def _event(kind: str, fields: dict[str, Any]) -> bytes:
-    return b"event: %b\ndata: %b\n\n" % (kind.encode(), orjson.dumps({"type": kind} | fields))
+    chat = tool_fields(given) | {
+        "model": given["model"],
+        "messages": messages,
+        "continue_final_message": continues,
+        "add_generation_prompt": not continues,
+        "chat_template_kwargs": template_arguments(given, thinking, service.validator.tokenizer),
+        "include_reasoning": thinking.is_on,
+    }
+    sampling = sampling_fields(given)
+    apply_output_format(given, sampling)
+    ask, plan = read_chat(service, chat, sampling)
+    return _Asked(ask, plan, thinking)
 
 
 async def tell(error: RequestError, request_id: str, reply: Reply) -> None:
@@ -107,5 +141,5 @@ async def tell(error: RequestError, request_id: str, reply: Reply) -> None:
     if not reply.is_streaming:
         await reply.json(body, error.kind.value.http, error_headers(error))
         return
-    event = _event("error", {name: body[name] for name in ("error", "request_id")})
+    event = event_bytes("error", {name: body[name] for name in ("error", "request_id")})
     await reply.end_events(event, is_done_told=False)

@@ -1,4 +1,4 @@
-"""Bodies of the Anthropic Messages API: what they ask for in the words of our own chat door, and how answers look."""
+"""Bodies of the Anthropic Messages API: their fields and sampling, and how ends of answers and errors look."""
 
 from typing import Any
 
@@ -7,16 +7,17 @@ from manta.cluster.doors.fields import unknown_field
 from manta.cluster.doors.validate import shown
 
 _SAMPLING = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "max_tokens": "max_tokens"}
-_USED = frozenset({"model", "messages", "system", "stop_sequences", "stream", *_SAMPLING})
-_COUNTED = frozenset({"model", "messages", "system"})
+_COUNTED = frozenset({"model", "messages", "system", "tools", "tool_choice", "thinking", "output_config"})
+_USED = _COUNTED | {"stop_sequences", "stream", *_SAMPLING}
 # Change nothing about the text, or ask for nothing when they hold these values.
 _IGNORED = frozenset({"metadata", "service_tier", "cache_control", "container", "inference_geo"})
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "tools": ([],),
-    "tool_choice": ({"type": "none"},),
-    "thinking": ({"type": "disabled"},),
-    "output_config": ({},),
     "mcp_servers": ([],),
+    "context_management": ({},),
+    "speed": ("standard",),
+    "diagnostics": (),
+    "user_profile_id": (),
+    "workspace_id": (),
 }
 _ERROR_TYPES = {
     Kind.INVALID: "invalid_request_error",
@@ -46,16 +47,6 @@ def read_body(body: dict[str, Any], *, only_counts: bool = False) -> dict[str, A
     return given
 
 
-def chat_messages(given: dict[str, Any]) -> list[dict[str, str]]:
-    """The conversation with string contents, the system prompt first. Raises RequestError."""
-    messages = given["messages"]
-    if not isinstance(messages, list) or not messages:
-        raise RequestError("messages must be a list of at least one object", "messages", "invalid_type")
-    chat = [_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
-    system = given.get("system", "")
-    return [{"role": "system", "content": _text(system, "system")}, *chat] if system else chat
-
-
 def sampling_fields(given: dict[str, Any]) -> dict[str, Any]:
     """Under the names of SamplingParams; values unchecked."""
     sampling = {ours: given[theirs] for theirs, ours in _SAMPLING.items() if theirs in given}
@@ -66,14 +57,16 @@ def sampling_fields(given: dict[str, Any]) -> dict[str, Any]:
     return sampling | {"stop": stops} if stops else sampling
 
 
-def stop_fields(finish_reason: str | None, stop_reason: str | int | None) -> dict[str, Any]:
+def stop_fields(finish_reason: str, stop_reason: str | int | None, has_calls: bool) -> dict[str, Any]:
     """`stop_reason` and `stop_sequence` for what ended a completion."""
     if isinstance(stop_reason, str):
         return {"stop_reason": "stop_sequence", "stop_sequence": stop_reason}
-    return {"stop_reason": "max_tokens" if finish_reason == "length" else "end_turn", "stop_sequence": None}
+    if finish_reason == "length":
+        return {"stop_reason": "max_tokens", "stop_sequence": None}
+    return {"stop_reason": "tool_use" if has_calls else "end_turn", "stop_sequence": None}
 
 
-def usage_body(counts: dict[str, int]) -> dict[str, int]:
+def usage_body(counts: dict[str, int]) -> dict[str, Any]:
     """`usage` of counts as `Usage.counts` gives them: tokens found in the cache are told apart from the others."""
     cached = counts["cached_tokens"]
     return {
@@ -87,32 +80,3 @@ def usage_body(counts: dict[str, int]) -> dict[str, int]:
 def error_body(error: RequestError, request_id: str) -> dict[str, Any]:
     inner = {"type": _ERROR_TYPES.get(error.kind, "api_error"), "message": error.message}
     return {"type": "error", "error": inner, "request_id": request_id}
-
-
-def _message(message: Any, where: str) -> dict[str, str]:
-    if not isinstance(message, dict):
-        raise RequestError(f"{where} must be an object with role and content", where, "invalid_type")
-    role = message.get("role")
-    if role not in ("user", "assistant", "system"):
-        raise RequestError(f'{where}.role must be "user" or "assistant", not {shown(role)}', f"{where}.role")
-    if message.get("content") is None:
-        raise RequestError(f"{where}.content is required", f"{where}.content", "missing_required_parameter")
-    return {"role": role, "content": _text(message["content"], f"{where}.content")}
-
-
-def _text(content: Any, where: str) -> str:
-    """A string, or the texts of a list of blocks one below the other."""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise RequestError(f"{where} must be a string or a list of blocks", where, "invalid_type")
-    return "\n".join(_block_text(block, f"{where}[{index}]") for index, block in enumerate(content))
-
-
-def _block_text(block: Any, where: str) -> str:
-    if isinstance(block, dict) and block.get("type") == "text" and isinstance(block.get("text"), str):
-        return str(block["text"])
-    kind = block.get("type") if isinstance(block, dict) else None
-    if kind == "text":
-        raise RequestError(f"{where}.text must be a string", f"{where}.text", "invalid_type")
-    raise RequestError(f'{where} has type {kind!r}; this model takes {{"type": "text", "text": "..."}}', where)

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar, cast
 
@@ -38,6 +38,7 @@ class PoolingAsk:
 
     inputs: Any  # a text, token ids, or a list of either
     param: str = "input"  # the field that errors about the inputs name
+    params: Sequence[str] = ()  # the same, for each input; made of `param` if not given
     model: Any = None
     dimensions: Any = None
     normalize: Any = None
@@ -62,6 +63,7 @@ async def resolve_pooling(validator: Validator, ask: PoolingAsk, request_id: str
         if requests:
             await asyncio.sleep(0)  # between the inputs of a large call the streams of others go on
         param = ask.param if len(sources) == 1 else f"{ask.param}[{index}]"
+        param = ask.params[index] if ask.params else param
         token_ids = await _encode(validator, source, param, keep, adds_special)
         name = request_id if len(sources) == 1 else f"{request_id}-{index}"
         requests.append(GenerationRequest(name, token_ids, UNSAMPLED, priority, ask.tenant, salt, pooling=pooling))

@@ -5,6 +5,7 @@ import zlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from manta.cluster.engine.client import EngineError, EngineLostError, GenerationRequest, TokenChunk
 from manta.cluster.engine.types import BACKGROUND
@@ -95,6 +96,8 @@ class FakeClient:
             await asyncio.Event().wait()
 
     def _chunks(self, request: GenerationRequest) -> list[TokenChunk]:
+        if request.pooling is not None:
+            return [TokenChunk([], "stop", vector=fake_vector(request).tobytes())]
         tokens, stop_token = self._until_end(request)
         sampling, prompt = request.sampling, [int(token) for token in request.prompt_token_ids]
         chunks = [
@@ -163,6 +166,15 @@ def hashed_tokens(request: GenerationRequest, vocab_size: int) -> list[int]:
     key = zlib.crc32(np.asarray(request.prompt_token_ids, np.int32).tobytes(), seed)
     draws = np.random.default_rng(key).integers(4, vocab_size, size=request.sampling.max_tokens or 1)
     return [int(token) for token in draws]
+
+
+def fake_vector(request: GenerationRequest) -> NDArray[np.float32]:
+    """Of the prompt's tokens: how many there are, then their sums of powers; of length 1 where it should be."""
+    assert request.pooling is not None
+    tokens = np.asarray(request.prompt_token_ids, np.float64) / 512
+    powers = np.arange(request.pooling.dimensions, dtype=np.float64)[:, None]
+    vector = (tokens**powers).sum(axis=1)
+    return (vector / np.linalg.norm(vector) if request.pooling.normalize else vector).astype("<f4")
 
 
 def fake_records(tokens: Sequence[int], num_best: int | None) -> bytes:

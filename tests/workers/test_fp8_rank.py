@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from manta.configs.memory_plan import PlannedRank, rank_weight_bytes
 from manta.configs.schema import ServeConfig
 from manta.protos.worker_pb2 import StepResult
 from manta.workers.block_copy import BlockCopies
@@ -26,7 +27,9 @@ def load(folder: Path, **fields: Any) -> LoadedRank:
 def test_blocks_take_half_the_bytes(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, "llama", dtype=torch.bfloat16, head_dim=16)
     assert load(tmp_path).bytes_per_block == 2 * load(tmp_path, kv_cache_dtype="fp8").bytes_per_block
-    assert load(tmp_path).weight_bytes == load(tmp_path, kv_cache_dtype="fp8").weight_bytes
+    loaded = load(tmp_path)
+    assert loaded.weight_bytes == load(tmp_path, kv_cache_dtype="fp8").weight_bytes
+    assert loaded.weight_bytes == rank_weight_bytes(loaded.config, loaded.spec, PlannedRank(0, 1, 0, 1))
 
 
 def test_tokens_are_those_of_rounded_keys_and_values(tmp_path: Path) -> None:

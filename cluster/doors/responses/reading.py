@@ -1,21 +1,32 @@
 """From the deltas of a call to events of its answer, with the log-probabilities of what is said, and counts."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 from manta.cluster.doors.answer import AnswerPlan
 from manta.cluster.doors.detokenize import new_detokenizer
 from manta.cluster.doors.logprob_format import TokenNames, chat_logprobs
 from manta.cluster.doors.output import Delta
-from manta.cluster.doors.responses.output import OutputItems
 from manta.cluster.doors.text import Tokenizer
-from manta.cluster.doors.tools.events import Content
+from manta.cluster.doors.tools.events import Content, Event
 from manta.cluster.doors.validate import Resolved
+
+
+class Growing(Protocol):
+    """What an answer becomes."""
+
+    @property
+    def says(self) -> bool:
+        """More text would belong to the last part."""
+        ...
+
+    def push(self, event: Event, logprobs: Sequence[dict[str, Any]] = ()) -> None: ...
 
 
 class AnswerReading:
     """Reads one answer into `items`."""
 
-    def __init__(self, plan: AnswerPlan, resolved: Resolved, tokenizer: Tokenizer, items: OutputItems) -> None:
+    def __init__(self, plan: AnswerPlan, resolved: Resolved, tokenizer: Tokenizer, items: Growing) -> None:
         self._plan, self._resolved, self._tokenizer = plan, resolved, tokenizer
         self._items = items
         self._reader = plan.new_reader() if plan.reads_text else None

@@ -219,17 +219,18 @@ def _reasoning(given: dict[str, Any], chat: dict[str, Any], tokenizer: Tokenizer
     if summary not in (None, "auto", "concise", "detailed"):
         raise RequestError("reasoning.summary must be 'auto', 'concise' or 'detailed'", "reasoning.summary")
     if effort is not None:
-        if effort not in _EFFORTS:
-            message = f"reasoning.effort must be one of {', '.join(_EFFORTS)}, not {shown(effort)}"
-            raise RequestError(message, "reasoning.effort")
+        arguments = effort_arguments(effort, "reasoning.effort", tokenizer)
         kwargs = chat.get("chat_template_kwargs", {})
         if isinstance(kwargs, dict):  # else the chat call underneath says what is wrong
-            chat["chat_template_kwargs"] = _effort_arguments(effort, tokenizer) | kwargs
+            chat["chat_template_kwargs"] = arguments | kwargs
     return {"effort": effort, "summary": summary}
 
 
-def _effort_arguments(effort: str, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Templates know efforts by name, or thinking as something that is on or off. Raises RequestError."""
+def effort_arguments(effort: Any, param: str, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What an effort of thinking is to the chat template: templates know efforts by name, or thinking as something that
+    is on or off. Raises RequestError."""
+    if effort not in _EFFORTS:
+        raise RequestError(f"{param} must be one of {', '.join(_EFFORTS)}, not {shown(effort)}", param)
     template = tokenizer.chat_template or ""
     arguments: dict[str, Any] = {}
     if "reasoning_effort" in template:
@@ -238,8 +239,7 @@ def _effort_arguments(effort: str, tokenizer: Tokenizer) -> dict[str, Any]:
         arguments["enable_thinking"] = effort != "none"
     if not arguments:
         message = (
-            "reasoning.effort is not supported: the model's chat template reads neither reasoning_effort nor "
-            "enable_thinking; pass what it does read through chat_template_kwargs"
+            f"{param} is not supported: the model's chat template reads neither reasoning_effort nor enable_thinking"
         )
-        raise RequestError(message, "reasoning.effort", "unsupported_parameter")
+        raise RequestError(message, param, "unsupported_parameter")
     return arguments

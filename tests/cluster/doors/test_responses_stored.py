@@ -12,12 +12,11 @@ from typing import Any
 
 import httpx
 import openai
-import orjson
 import pytest
 
 from manta.cluster.doors.caller import Caller, set_caller
 from manta.cluster.doors.errors import RequestError
-from manta.cluster.doors.responses.store import ResponseStore, Stored, Turn
+from manta.cluster.doors.responses.store import ResponseStore, Stored, Turn, packed
 from tests.support.door_server import DoorThread
 from tests.support.fake_client import FakeClient
 
@@ -265,7 +264,7 @@ class FakeRun:
 def add(store: ResponseStore, number: int, tenant: str, num_bytes: int = 0, parent: Turn | None = None) -> Stored:
     set_caller(Caller(tenant))
     run: Any = FakeRun(number, num_bytes)
-    stored = store.open(run, Turn(orjson.dumps([{"n": number}]), parent))
+    stored = store.open(run, Turn(packed([{"n": number}]), parent))
     store.close(stored)
     return stored
 
@@ -364,7 +363,7 @@ def test_cancelling_and_finishing_at_once(doors: DoorThread, engine: FakeClient)
                 assert all(each == told[0] for each in told)
                 return str(told[0]["status"])
 
-            return set(await asyncio.gather(*(one(length) for length in range(1, 60))))
+            return set(await asyncio.gather(*(one(length) for length in range(1, 30))))
 
     assert asyncio.run(race()) <= {"cancelled", "incomplete", "completed"}
-    eventually(lambda: len(engine.finished) + len(engine.aborted) == 59)
+    eventually(lambda: len(engine.finished) + len(engine.aborted) == 29)
