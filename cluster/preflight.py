@@ -96,9 +96,9 @@ def check_host_memory(config: ServeConfig, spec: ModelSpec) -> None:
     weights = spec.num_weights * dtype_bytes(config, spec)
     kv = int(config.kv_cache_memory_bytes or 0) * config.num_ranks
     free = available_memory_bytes()
-    if free and config.data_parallel_size * (weights + kv) > free:
+    if free and config.max_num_replicas * (weights + kv) > free:
         raise PreflightError(
-            f"too little memory: {config.data_parallel_size} x ({_gib(weights)} of weights + {_gib(kv)} of KV blocks) "
+            f"too little memory: {config.max_num_replicas} x ({_gib(weights)} of weights + {_gib(kv)} of KV blocks) "
             f"do not fit into the {_gib(free)} free; use a smaller model, --dtype bfloat16 or fewer KV bytes"
         )
     if config.kv_cache_memory_bytes is None or config.num_gpu_blocks_override:

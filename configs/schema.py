@@ -66,6 +66,13 @@ class ServeConfig(BaseModel):
     data_parallel_size: int = option(
         1, "Parallelism", "replicas of the model under one scheduler", short="dp", ge=1, le=256
     )
+    min_replicas: int | None = option(
+        None, "Parallelism", "fewest replicas, 0 possible: with max_replicas they follow the load", ge=0, le=256
+    )
+    max_replicas: int | None = option(None, "Parallelism", "most replicas; data_parallel_size if unset", ge=1, le=256)
+    ttft_target_s: float = option(1.0, "Parallelism", "requests that wait so long call for another replica", gt=0.0)
+    upscale_delay_s: float = option(2.0, "Parallelism", "seconds of load before replicas are added", ge=0.0)
+    downscale_delay_s: float = option(120.0, "Parallelism", "seconds without need before one is taken away", ge=0.0)
     device: Literal["auto", "cpu", "cuda"] = option("auto", "Parallelism", "auto takes CUDA where there is one")
     distributed_executor_backend: Literal["ray", "local"] = option(
         "ray", "Parallelism", "what starts the processes: Ray actors, or plain processes"
@@ -167,11 +174,22 @@ class ServeConfig(BaseModel):
             raise ValueError(f"block_size={self.block_size} must be a power of two")
         if self.enable_auto_tool_choice and self.tool_call_parser is None:
             raise ValueError("enable_auto_tool_choice needs tool_call_parser: how the model writes calls")
+        self._check_replicas()
         self._check_kernels()
         self._check_tls()
         if self.port and self.port == self.grpc_port:
             raise ValueError(f"port and grpc_port are both {self.port}; they must differ")
         return self
+
+    def _check_replicas(self) -> None:
+        lowest, start, highest = self.min_num_replicas, self.data_parallel_size, self.max_num_replicas
+        if "data_parallel_size" not in self.model_fields_set:
+            start = self.num_replicas_at_start
+        if not lowest <= start <= highest:
+            raise ValueError(
+                f"min_replicas={lowest}, data_parallel_size={start} (replicas at the start) and max_replicas={highest} "
+                f"must not decrease"
+            )
 
     def _check_tls(self) -> None:
         for name in ("ssl_keyfile", "ssl_ca_certs", "ssl_cert_reqs"):
@@ -205,6 +223,21 @@ class ServeConfig(BaseModel):
     def model_name(self) -> str:
         """The name clients use."""
         return self.served_model_name or self.model
+
+    @property
+    def min_num_replicas(self) -> int:
+        return min(self.data_parallel_size, self.max_num_replicas) if self.min_replicas is None else self.min_replicas
+
+    @property
+    def max_num_replicas(self) -> int:
+        if self.max_replicas is None:
+            return max(self.data_parallel_size, self.min_replicas or 0)
+        return self.max_replicas
+
+    @property
+    def num_replicas_at_start(self) -> int:
+        """One at least: what the model needs is known once it has been loaded."""
+        return min(max(self.data_parallel_size, self.min_num_replicas, 1), self.max_num_replicas)
 
     @property
     def num_ranks(self) -> int:

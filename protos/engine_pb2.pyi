@@ -197,7 +197,7 @@ class LoadRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class LoadResponse(_message.Message):
-    __slots__ = ("num_running", "num_waiting", "num_free_blocks", "num_blocks", "kv_cache_usage", "num_waiting_tokens", "healthy", "detail", "num_background", "replicas")
+    __slots__ = ("num_running", "num_waiting", "num_free_blocks", "num_blocks", "kv_cache_usage", "num_waiting_tokens", "healthy", "detail", "num_background", "replicas", "oldest_wait_s", "num_arrived")
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     NUM_FREE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
@@ -208,6 +208,8 @@ class LoadResponse(_message.Message):
     DETAIL_FIELD_NUMBER: _ClassVar[int]
     NUM_BACKGROUND_FIELD_NUMBER: _ClassVar[int]
     REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    OLDEST_WAIT_S_FIELD_NUMBER: _ClassVar[int]
+    NUM_ARRIVED_FIELD_NUMBER: _ClassVar[int]
     num_running: int
     num_waiting: int
     num_free_blocks: int
@@ -218,27 +220,33 @@ class LoadResponse(_message.Message):
     detail: str
     num_background: int
     replicas: _containers.RepeatedCompositeFieldContainer[ReplicaLoad]
-    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_blocks: _Optional[int] = ..., kv_cache_usage: _Optional[float] = ..., num_waiting_tokens: _Optional[int] = ..., healthy: bool = ..., detail: _Optional[str] = ..., num_background: _Optional[int] = ..., replicas: _Optional[_Iterable[_Union[ReplicaLoad, _Mapping]]] = ...) -> None: ...
+    oldest_wait_s: float
+    num_arrived: int
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_blocks: _Optional[int] = ..., kv_cache_usage: _Optional[float] = ..., num_waiting_tokens: _Optional[int] = ..., healthy: bool = ..., detail: _Optional[str] = ..., num_background: _Optional[int] = ..., replicas: _Optional[_Iterable[_Union[ReplicaLoad, _Mapping]]] = ..., oldest_wait_s: _Optional[float] = ..., num_arrived: _Optional[int] = ...) -> None: ...
 
 class ReplicaLoad(_message.Message):
-    __slots__ = ("state", "detail", "num_free_blocks", "num_blocks")
+    __slots__ = ("state", "detail", "num_free_blocks", "num_blocks", "num_running")
     class State(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         SERVING: _ClassVar[ReplicaLoad.State]
         LOST: _ClassVar[ReplicaLoad.State]
         GIVEN_UP: _ClassVar[ReplicaLoad.State]
+        ABSENT: _ClassVar[ReplicaLoad.State]
     SERVING: ReplicaLoad.State
     LOST: ReplicaLoad.State
     GIVEN_UP: ReplicaLoad.State
+    ABSENT: ReplicaLoad.State
     STATE_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]
     NUM_FREE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     state: ReplicaLoad.State
     detail: str
     num_free_blocks: int
     num_blocks: int
-    def __init__(self, state: _Optional[_Union[ReplicaLoad.State, str]] = ..., detail: _Optional[str] = ..., num_free_blocks: _Optional[int] = ..., num_blocks: _Optional[int] = ...) -> None: ...
+    num_running: int
+    def __init__(self, state: _Optional[_Union[ReplicaLoad.State, str]] = ..., detail: _Optional[str] = ..., num_free_blocks: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_running: _Optional[int] = ...) -> None: ...
 
 class ReplaceWorkersRequest(_message.Message):
     __slots__ = ("replica", "workers")
@@ -263,6 +271,16 @@ class GiveUpReplicaRequest(_message.Message):
     def __init__(self, replica: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class GiveUpReplicaResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class RetireReplicaRequest(_message.Message):
+    __slots__ = ("replica",)
+    REPLICA_FIELD_NUMBER: _ClassVar[int]
+    replica: int
+    def __init__(self, replica: _Optional[int] = ...) -> None: ...
+
+class RetireReplicaResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 

@@ -75,6 +75,11 @@ class EngineStub(object):
                 request_serializer=manta_dot_protos_dot_engine__pb2.GiveUpReplicaRequest.SerializeToString,
                 response_deserializer=manta_dot_protos_dot_engine__pb2.GiveUpReplicaResponse.FromString,
                 _registered_method=True)
+        self.RetireReplica = channel.unary_unary(
+                '/manta.engine.v1.Engine/RetireReplica',
+                request_serializer=manta_dot_protos_dot_engine__pb2.RetireReplicaRequest.SerializeToString,
+                response_deserializer=manta_dot_protos_dot_engine__pb2.RetireReplicaResponse.FromString,
+                _registered_method=True)
 
 
 class EngineServicer(object):
@@ -137,6 +142,13 @@ class EngineServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RetireReplica(self, request, context):
+        """The replica takes no part any more, and its workers may end; what it had runs on elsewhere, or waits.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_EngineServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -179,6 +191,11 @@ def add_EngineServicer_to_server(servicer, server):
                     servicer.GiveUpReplica,
                     request_deserializer=manta_dot_protos_dot_engine__pb2.GiveUpReplicaRequest.FromString,
                     response_serializer=manta_dot_protos_dot_engine__pb2.GiveUpReplicaResponse.SerializeToString,
+            ),
+            'RetireReplica': grpc.unary_unary_rpc_method_handler(
+                    servicer.RetireReplica,
+                    request_deserializer=manta_dot_protos_dot_engine__pb2.RetireReplicaRequest.FromString,
+                    response_serializer=manta_dot_protos_dot_engine__pb2.RetireReplicaResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -398,6 +415,33 @@ class Engine(object):
             '/manta.engine.v1.Engine/GiveUpReplica',
             manta_dot_protos_dot_engine__pb2.GiveUpReplicaRequest.SerializeToString,
             manta_dot_protos_dot_engine__pb2.GiveUpReplicaResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RetireReplica(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/manta.engine.v1.Engine/RetireReplica',
+            manta_dot_protos_dot_engine__pb2.RetireReplicaRequest.SerializeToString,
+            manta_dot_protos_dot_engine__pb2.RetireReplicaResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -2,6 +2,7 @@
 `apply` takes their answer. Synchronous and deterministic; no clock, no I/O.
 """
 
+from itertools import islice
 from typing import Literal
 
 from manta.scheduler.admission import check_beams_fit, check_fits
@@ -28,6 +29,7 @@ from manta.scheduler.types import (
 from manta.scheduler.waiting import FcfsQueue, PriorityQueue, WaitingQueue
 
 _NO_EVENTS = Events()
+_NUM_LOOKED_AT = 64  # sequences that a lost replica had are in front
 
 
 class Scheduler:
@@ -266,6 +268,17 @@ class Scheduler:
     @property
     def num_waiting_tokens(self) -> int:
         return self._queue.num_tokens
+
+    def num_resident(self, replica: int = 0) -> int:
+        """Sequences of one replica, as num_running."""
+        return len(self._replicas[replica].residents) + len(self._replicas[replica].parked)
+
+    def first_arrival_s(self) -> float | None:
+        """When the first request in the queue came that has not begun; None if there is none near its head."""
+        for sequence in islice(self._queue, _NUM_LOOKED_AT):
+            if not sequence.started:
+                return sequence.request.arrival_s
+        return None
 
     def num_in_flight(self, replica: int = 0) -> int:
         return len(self._replicas[replica].in_flight)

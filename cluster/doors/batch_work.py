@@ -31,6 +31,6 @@ def new_keeper(service: Service, store: BatchStore) -> Keeper:
     running = Running(client, service.validator.tokenizer)
     background = replace(service, client=client, config=config, running=running, batches=None)
     calls = LocalCalls(build_app(background).routes, config.tenant_cache_isolation)
-    num_slots = config.max_num_seqs * config.data_parallel_size
+    num_slots = config.max_num_seqs * config.max_num_replicas
     gate = Gate(service.client.load, Room(num_slots, config.max_num_batch_seqs))
     return Keeper(store, Runner(store, calls, gate, patience.MAX_BODY_BYTES), gate)

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -30,18 +30,23 @@ class BringUpError(Exception):
 class Deployment:
     """Workers that hold the model and wait for their first plan."""
 
-    groups: list[WorkerGroup]  # one per replica
+    groups: list[WorkerGroup]  # one per replica; one without workers for a replica that there may be
     capacities: list[Capacity]  # beside groups
     device: str
     weight_bytes: int  # of the largest rank
     bytes_per_block: int  # of the largest rank
     startup_s: dict[str, float] = field(default_factory=dict)
-    num_ranks_by_host: Counter[str] = field(default_factory=Counter)
     lost: dict[int, str] = field(default_factory=dict)  # replicas that did not come up, and why
 
     @property
     def max_model_len(self) -> int:
         return self.capacities[0].max_model_len
+
+    def leave_room(self, config: ServeConfig) -> None:
+        """For replicas that may come."""
+        num_missing = config.max_num_replicas - len(self.groups)
+        self.groups += [WorkerGroup([], self.groups[0].output_rank) for _ in range(num_missing)]
+        self.capacities += [min(self.capacities, key=lambda each: each.num_blocks)] * num_missing
 
     async def close(self) -> None:
         for group in self.groups:
@@ -49,17 +54,20 @@ class Deployment:
 
 
 async def bring_up(config: ServeConfig, spec: ModelSpec, addresses: list[list[str]]) -> Deployment:
-    """addresses: per replica, in rank order (rank = pp_rank * tp_size + tp_rank).
+    """addresses: per replica, in rank order (rank = pp_rank * tp_size + tp_rank); empty for one that comes later.
 
     Raises WorkerError as soon as one rank fails, BringUpError when the model's context does not fit.
     """
     check_context(config, spec)
+    addresses = [replica for replica in addresses if replica]
     if any(len(replica) != config.num_ranks for replica in addresses):
         raise BringUpError(f"each replica needs {config.num_ranks} workers, got {[len(group) for group in addresses]}")
     output_rank = (config.pipeline_parallel_size - 1) * config.tensor_parallel_size
     groups = [WorkerGroup(replica, output_rank) for replica in addresses]
     try:
-        return await _bring_up_groups(config, spec, groups)
+        deployment = await _bring_up_groups(config, spec, groups)
+        deployment.leave_room(config)
+        return deployment
     except BaseException:
         for group in groups:
             await group.close()
@@ -70,7 +78,7 @@ async def _bring_up_groups(config: ServeConfig, spec: ModelSpec, groups: list[Wo
     timer = _PhaseTimer()
     described = await _on_all(groups, describe_ranks)
     timer.end("describe")
-    ranks_on_host = Counter(response.host for group in described for response in group)
+    ranks_on_host = count_ranks(config, [group.addresses for group in groups])
     loaded = await _on_all(
         groups, lambda group: load_ranks(config, group, described[groups.index(group)], ranks_on_host)
     )
@@ -90,8 +98,16 @@ async def _bring_up_groups(config: ServeConfig, spec: ModelSpec, groups: list[Wo
         weight_bytes=max(response.weight_bytes for response in responses),
         bytes_per_block=max(response.bytes_per_block for response in responses),
         startup_s=timer.phases,
-        num_ranks_by_host=ranks_on_host,
     )
+
+
+def count_ranks(config: ServeConfig, addresses: Sequence[Sequence[str]]) -> Counter[str]:
+    """By host, as addresses name it: the workers that share its cores and memory. On a lone host they are as many as
+    there may ever be."""
+    counts = Counter(address.rpartition(":")[0] for replica in addresses for address in replica)
+    if config.distributed_executor_backend == "local":
+        counts = Counter(dict.fromkeys(counts, config.max_num_replicas * config.num_ranks))
+    return counts
 
 
 def check_context(config: ServeConfig, spec: ModelSpec) -> None:
@@ -176,7 +192,7 @@ async def load_ranks(
             config_json=config_json,
             tp_rank=tp_rank,
             pp_rank=pp_rank,
-            num_workers_on_host=ranks_on_host[described[rank].host],
+            num_workers_on_host=ranks_on_host[group.addresses[rank].rpartition(":")[0]],
             rendezvous_host=described[0].host,
             rendezvous_port=described[0].rendezvous_port,
         )

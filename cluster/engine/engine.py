@@ -10,12 +10,12 @@ from manta.cluster.engine.block_tables import block_tables
 from manta.cluster.engine.bringup import BringUpError, Deployment
 from manta.cluster.engine.frontend import MAX_PENDING_BYTES, Frontend
 from manta.cluster.engine.grammars import GrammarGate
-from manta.cluster.engine.metrics import EngineCollector, ReplicaMetrics, render
+from manta.cluster.engine.metrics import ReplicaMetrics
 from manta.cluster.engine.publisher import Publisher
 from manta.cluster.engine.replica import Deadlines, ReplicaLoop
+from manta.cluster.engine.report import Reporter
 from manta.cluster.engine.revival import replace_workers
-from manta.cluster.engine.types import BACKGROUND
-from manta.cluster.engine.workers import WorkerError
+from manta.cluster.engine.workers import WorkerError, WorkerGroup
 from manta.configs.model import ModelSpec
 from manta.configs.schema import ServeConfig
 from manta.protos import engine_pb2 as pb
@@ -25,6 +25,7 @@ from manta.scheduler.types import QueueFullError
 logger = logging.getLogger(__name__)
 
 MAX_SEQUENCES = 1024  # of one submit
+_ABSENT = "it is not needed now"
 _MIN_RETRY_AFTER_S = 1.0
 _MAX_RETRY_AFTER_S = 60.0
 
@@ -56,14 +57,16 @@ class Engine:
         self._spec = spec
         self._on_replica_lost = on_replica_lost
         self._metrics = [ReplicaMetrics() for _ in deployment.groups]
-        self._collector = EngineCollector(config.model_name, self._metrics, _cache_config(config, deployment))
         self._publisher = Publisher(self._metrics, max_pending_bytes=max_pending_bytes)
         self._deadlines = deadlines or Deadlines()
         self._replaces_workers = replaces_workers
         self._loops = [self._new_loop(index) for index in range(len(deployment.groups))]
-        for index, reason in deployment.lost.items():
-            self._loops[index].lost_reason = reason
+        for index, loop in enumerate(self._loops):
+            loop.lost_reason = deployment.lost.get(index) if loop.group.addresses else _ABSENT
         self._given_up: dict[int, str] = {}  # replicas that nobody will bring back, and why
+        self._reporter = Reporter(
+            config, deployment, self.scheduler, self._publisher, self._metrics, self._loops, self._given_up
+        )
         self._grammars = GrammarGate(deployment.groups)
         self._tasks: dict[int, asyncio.Task[None]] = {}  # by replica
         self._draining = False
@@ -80,12 +83,7 @@ class Engine:
         room. Raises WorkerError or BringUpError, after which the replica is lost, IndexError if there is no such one.
         """
         loop = self._loops[index]
-        if loop.lost_reason is None:
-            self._tasks[index].cancel()
-            await asyncio.gather(self._tasks[index], return_exceptions=True)
-            loop.lost_reason = "its workers are replaced"
-            self.scheduler.reset(index)
-            self._wake()
+        await self._end_loop(loop, "its workers are replaced")
         try:
             await replace_workers(self.config, self.deployment, index, addresses)
         except (WorkerError, BringUpError) as error:
@@ -95,6 +93,24 @@ class Engine:
         self._loops[index] = self._new_loop(index)
         self._tasks[index] = asyncio.create_task(self._serve(self._loops[index]))
         logger.info("replica %d has new workers", index)
+
+    async def retire(self, index: int) -> None:
+        """The replica is not needed: what it has goes to others. Raises IndexError if there is no such one."""
+        await self._end_loop(self._loops[index], _ABSENT)
+        group = self.deployment.groups[index]
+        self.deployment.groups[index] = WorkerGroup([], group.output_rank)
+        self._loops[index] = self._new_loop(index)
+        self._loops[index].lost_reason = _ABSENT
+        await group.close()
+
+    async def _end_loop(self, loop: ReplicaLoop, reason: str) -> None:
+        """What it has is back in the queue then."""
+        if loop.lost_reason is None:
+            self._tasks[loop.index].cancel()
+            await asyncio.gather(self._tasks[loop.index], return_exceptions=True)
+            self.scheduler.reset(loop.index)
+            self._wake()
+        loop.lost_reason = reason
 
     def give_up(self, index: int, reason: str) -> None:
         """Nobody will bring the lost replica back. When that is so for all, requests end with an error."""
@@ -235,46 +251,10 @@ class Engine:
         return True
 
     def info(self) -> pb.InfoResponse:
-        capacity = self.deployment.capacities[0]
-        return pb.InfoResponse(
-            config_json=self.config.model_dump_json(),
-            num_blocks=min(capacity.num_blocks for capacity in self.deployment.capacities),
-            block_size=capacity.block_size,
-            max_model_len=capacity.max_model_len,
-            device=self.deployment.device,
-            weight_bytes=self.deployment.weight_bytes,
-            bytes_per_block=self.deployment.bytes_per_block,
-            startup_s=self.deployment.startup_s,
-            num_replicas=len(self.deployment.capacities),
-        )
+        return self._reporter.info()
 
     def load(self) -> pb.LoadResponse:
-        replicas = [self._load_of(loop) for loop in self._loops]
-        lost = [f"replica {index}: {each.detail}" for index, each in enumerate(replicas) if each.detail]
-        num_blocks = sum(each.num_blocks for each in replicas)
-        num_free = sum(each.num_free_blocks for each in replicas)
-        return pb.LoadResponse(
-            num_running=self.scheduler.num_running,
-            num_waiting=self.scheduler.num_waiting,
-            num_free_blocks=num_free,
-            num_blocks=num_blocks,
-            kv_cache_usage=1.0 - num_free / num_blocks if num_blocks else 0.0,
-            num_waiting_tokens=self.scheduler.num_waiting_tokens,
-            healthy=len(lost) < len(replicas),
-            detail="; ".join(lost) or ("draining" if self._draining else ""),
-            num_background=self.scheduler.num_of_priority(BACKGROUND),
-            replicas=replicas,
-        )
-
-    def _load_of(self, loop: ReplicaLoop) -> pb.ReplicaLoad:
-        if loop.lost_reason is not None:
-            given_up = self._given_up.get(loop.index)
-            state = pb.ReplicaLoad.LOST if given_up is None else pb.ReplicaLoad.GIVEN_UP
-            return pb.ReplicaLoad(state=state, detail=given_up or loop.lost_reason)
-        return pb.ReplicaLoad(
-            num_free_blocks=self.scheduler.num_free_blocks(loop.index),
-            num_blocks=self.deployment.capacities[loop.index].num_blocks,
-        )
+        return self._reporter.load(self._draining)
 
     def block_tables(self) -> pb.BlockTablesResponse:
         """Every sequence's block table; counts are sums over the replicas."""
@@ -282,17 +262,7 @@ class Engine:
 
     def metrics_text(self) -> bytes:
         """Prometheus exposition format."""
-        self._publisher.settle()
-        for loop in self._loops:
-            loop.settle()
-        for loop, gauges in zip(self._loops, self._collector.gauges, strict=True):
-            num_blocks = self.deployment.capacities[loop.index].num_blocks
-            gauges.kv_cache_usage = 1.0 - self.scheduler.num_free_blocks(loop.index) / num_blocks
-            gauges.alive = loop.lost_reason is None
-        counters, first = self.scheduler.counters, self._collector.gauges[0]  # kept for all replicas together
-        first.num_running, first.num_waiting = self.scheduler.num_running, self.scheduler.num_waiting
-        self._metrics[0].preemptions.value = counters.num_preemptions
-        return render(self._collector)
+        return self._reporter.metrics_text()
 
     async def _serve(self, loop: ReplicaLoop) -> None:
         """One replica's life."""
@@ -332,14 +302,3 @@ class Engine:
         """Wakes the emptiest replica first: the first to plan takes what is waiting."""
         for loop in sorted(self._loops, key=lambda loop: -self.scheduler.num_free_blocks(loop.index)):
             loop.wake()
-
-
-def _cache_config(config: ServeConfig, deployment: Deployment) -> dict[str, str]:
-    capacity = deployment.capacities[0]
-    return {
-        "block_size": str(capacity.block_size),
-        "num_gpu_blocks": str(capacity.num_blocks),
-        "enable_prefix_caching": str(config.enable_prefix_caching),
-        "gpu_memory_utilization": str(config.gpu_memory_utilization),
-        "num_gpu_blocks_override": str(config.num_gpu_blocks_override),
-    }

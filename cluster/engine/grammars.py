@@ -76,6 +76,8 @@ class GrammarGate:
         async with self._slots:
             stubs = [stub for group in self._groups for stub in group.stubs[group.output_rank :]]
             errors = await asyncio.gather(*(_compile_on(stub, grammar) for stub in stubs))
+        if not errors:  # workers that come later compile it when it reaches them
+            return None
         invalid = next((error for error in errors if error and error.code == pb.Refused.INVALID), None)
         if invalid is not None or None in errors:  # a replica that is lost takes no requests
             return invalid

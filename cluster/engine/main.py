@@ -76,8 +76,8 @@ class SchedulerServer:
 
 
 def parse_workers(text: str) -> list[list[str]]:
-    """ "a:1,b:2;c:3,d:4" -> [["a:1", "b:2"], ["c:3", "d:4"]]."""
-    return [replica.split(",") for replica in text.split(";")]
+    """ "a:1,b:2;c:3,d:4" -> [["a:1", "b:2"], ["c:3", "d:4"]]; nothing between semicolons -> []."""
+    return [[address for address in replica.split(",") if address] for replica in text.split(";")]
 
 
 async def run(args: argparse.Namespace) -> int:

@@ -25,6 +25,7 @@ class Publisher:
     ) -> None:
         self.clock = clock
         self.recent_queue_s = 0.0  # smoothed time in the queue: what a refused client should wait
+        self.num_arrived = 0
         self.idle = asyncio.Event()  # set while no request is open
         self.idle.set()
         self._metrics = metrics
@@ -58,6 +59,7 @@ class Publisher:
         request_id = self._table.open(frontend.number, handle, self.clock())
         frontend.requests[handle] = request_id
         self._num_open += 1
+        self.num_arrived += 1
         self.idle.clear()
         return request_id
 

@@ -10,6 +10,7 @@ from manta.cluster.engine.bringup import (
     Deployment,
     agree_on_blocks,
     capacity_of,
+    count_ranks,
     describe_ranks,
     fit_context,
     load_ranks,
@@ -34,7 +35,9 @@ async def replace_workers(config: ServeConfig, deployment: Deployment, replica: 
     group = WorkerGroup(list(addresses), deployment.groups[replica].output_rank)
     try:
         described = await describe_ranks(group, are_up=True)
-        loaded = await load_ranks(config, group, described, deployment.num_ranks_by_host)
+        others = [other.addresses for index, other in enumerate(deployment.groups) if index != replica]
+        hosts = count_ranks(config, [*others, group.addresses])
+        loaded = await load_ranks(config, group, described, hosts)
         needed = deployment.capacities[replica].num_blocks
         offered = agree_on_blocks(config, [response.num_blocks for response in loaded])
         if offered < _FEWER_BLOCKS * needed:
@@ -59,11 +62,13 @@ async def find_workers(config: ServeConfig, spec: ModelSpec, addresses: list[lis
     output_rank = (config.pipeline_parallel_size - 1) * config.tensor_parallel_size
     groups = [WorkerGroup(replica, output_rank) for replica in addresses]
     described = await asyncio.gather(*(describe_ranks(group, are_up=True) for group in groups), return_exceptions=True)
-    hosts = Counter(address.rpartition(":")[0] for replica in addresses for address in replica)
+    hosts = count_ranks(config, addresses)
     reviving = [_find(config, group, ranks, hosts) for group, ranks in zip(groups, described, strict=True)]
     found = await asyncio.gather(*reviving, return_exceptions=True)
     lost, loaded = {}, {}
     for replica, outcome in enumerate(found):
+        if not addresses[replica]:
+            continue
         if isinstance(outcome, WorkerError | BringUpError):
             lost[replica] = str(outcome)
         elif isinstance(outcome, BaseException):
@@ -79,7 +84,7 @@ async def find_workers(config: ServeConfig, spec: ModelSpec, addresses: list[lis
     }
     max_model_len = fit_context(config, spec, min(blocks.values()))
     responses = [rank for ranks in loaded.values() for rank in ranks]
-    first = next(ranks for ranks in described if not isinstance(ranks, BaseException))
+    first = next(ranks for ranks in described if ranks and not isinstance(ranks, BaseException))
     return Deployment(
         groups=groups,
         capacities=[
@@ -88,7 +93,6 @@ async def find_workers(config: ServeConfig, spec: ModelSpec, addresses: list[lis
         device=first[0].device,
         weight_bytes=max(rank.weight_bytes for rank in responses),
         bytes_per_block=max(rank.bytes_per_block for rank in responses),
-        num_ranks_by_host=hosts,
         lost=lost,
     )
 
@@ -101,6 +105,8 @@ async def _find(
 ) -> list[pb.LoadResponse]:
     if isinstance(described, BaseException):
         raise described
+    if not described:
+        return []
     loaded = await load_ranks(config, group, described, hosts)
     num_blocks = agree_on_blocks(config, [rank.num_blocks for rank in loaded])
     try:

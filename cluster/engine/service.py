@@ -124,6 +124,15 @@ class EngineService(engine_pb2_grpc.EngineServicer):
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
         return pb.ReplaceWorkersResponse(took_s=time.perf_counter() - began_s)
 
+    async def RetireReplica(
+        self, request: pb.RetireReplicaRequest, context: "grpc.aio.ServicerContext[Any, Any]"
+    ) -> pb.RetireReplicaResponse:
+        try:
+            await self._engine.retire(request.replica)
+        except IndexError as error:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+        return pb.RetireReplicaResponse()
+
     async def GiveUpReplica(self, request: pb.GiveUpReplicaRequest, context: object) -> pb.GiveUpReplicaResponse:
         self._engine.give_up(request.replica, request.reason)
         return pb.GiveUpReplicaResponse()

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import grpc
 
 from manta.cluster.engine.client import QUICK_RECONNECT
+from manta.cluster.launch.autoscale import Autoscaler, Sample
 from manta.cluster.launch.launcher import Launcher, LaunchError, Part
 from manta.configs.schema import ServeConfig
 from manta.protos import engine_pb2 as pb
@@ -45,6 +46,7 @@ class Keeper:
         self._clock = clock
         self._channel = grpc.insecure_channel(scheduler, options=QUICK_RECONNECT)
         self._engine = engine_pb2_grpc.EngineStub(self._channel)
+        self._autoscaler = None if config.min_num_replicas == config.max_num_replicas else Autoscaler(config)
         self._num_silent = 0
         self._changed = threading.Condition()  # guards what follows
         self._repairs: dict[Part, threading.Thread] = {}
@@ -55,8 +57,9 @@ class Keeper:
 
     def look(self) -> str | None:
         """Starts what is to be started again; returns why the deployment cannot go on, if so."""
-        broken = self._broken()
+        broken, load = self._broken()
         with self._changed:
+            self._scale(load)
             for part in sorted(broken, key=lambda part: part == _SCHEDULER):  # it waits for workers that are started
                 if part not in self._repairs and part not in self._given_up:
                     self._begin(part, broken[part])
@@ -77,12 +80,13 @@ class Keeper:
         for thread in threads:
             thread.join(_JOIN_TIMEOUT_S)
 
-    def _broken(self) -> dict[Part, str]:
-        """What does not serve, and why: processes that ended, and what only the scheduler, or its silence, tells of."""
+    def _broken(self) -> tuple[dict[Part, str], pb.LoadResponse | None]:
+        """What does not serve, and why: processes that ended, and what only the scheduler, or its silence, tells of.
+        Beside it the load, if it was told."""
         broken = {death.part: death.reason for death in reversed(self._launcher.deaths())}
         if _SCHEDULER in broken or _SCHEDULER in self._repairs:
             self._num_silent = 0
-            return broken
+            return broken, None
         load = self._load()
         self._num_silent = 0 if load is not None else self._num_silent + 1
         if self._num_silent >= _NUM_SILENT:
@@ -90,7 +94,41 @@ class Keeper:
         for replica, each in enumerate(load.replicas if load is not None else ()):
             if each.state == pb.ReplicaLoad.LOST:
                 broken.setdefault(("worker", replica), each.detail)
-        return broken
+        return broken, load
+
+    def _scale(self, load: pb.LoadResponse | None) -> None:
+        """Adds replicas, or takes one away, where the load asks for it. `_changed` is held."""
+        if load is None or self._autoscaler is None or self._repairs:  # one thing at a time
+            return
+        sample = Sample.of(load, self._clock(), self._config.block_size)
+        wanted = self._autoscaler.wanted(sample)
+        absent = [index for index, each in enumerate(load.replicas) if each.state == pb.ReplicaLoad.ABSENT]
+        for replica in absent[: max(wanted - sample.num_present, 0)]:
+            _tell(f"replica {replica} is added: {load.num_running} requests run and {load.num_waiting} wait")
+            self._spawning.add(replica)
+            self._start_thread(("worker", replica), self._repair)
+        if wanted < sample.num_present:
+            serving = [i for i, each in enumerate(load.replicas) if each.state == pb.ReplicaLoad.SERVING]
+            if serving:
+                replica = min(serving, key=lambda index: (load.replicas[index].num_running, -index))
+                _tell(f"replica {replica} is taken away: {load.num_running} requests run and {load.num_waiting} wait")
+                self._start_thread(("worker", replica), self._retire)
+
+    def _retire(self, part: Part, began_s: float) -> None:
+        """What the replica has moves to others; then its workers end."""
+        replica = part[1]
+        try:
+            self._engine.RetireReplica(pb.RetireReplicaRequest(replica=replica), timeout=_LOAD_TIMEOUT_S)
+            self._workers[replica] = []
+            self._launcher.stop_workers(replica)
+        except (LaunchError, grpc.RpcError) as error:  # it is there still, and may be taken away later
+            logger.warning("taking replica %d away failed: %s", replica, error)
+        self._end_repair(part)
+
+    def _start_thread(self, part: Part, work: Callable[[Part, float], None]) -> None:
+        thread = threading.Thread(target=work, args=(part, self._clock()), name="repair", daemon=True)
+        self._repairs[part] = thread
+        thread.start()
 
     def _begin(self, part: Part, reason: str) -> None:
         """`_changed` is held."""
@@ -105,9 +143,7 @@ class Keeper:
         _tell(f"{reason}; {_name(part)} is started again")
         if part[0] == "worker":
             self._spawning.add(part[1])
-        thread = threading.Thread(target=self._repair, args=(part, self._clock()), name="repair", daemon=True)
-        self._repairs[part] = thread
-        thread.start()
+        self._start_thread(part, self._repair)
 
     def _repair(self, part: Part, began_s: float) -> None:
         """Until the part serves, or has failed too often."""
@@ -129,6 +165,9 @@ class Keeper:
                 else:
                     _tell(f"{_name(part)} could not be started again: {reason}")
                     self._changed.wait_for(lambda: self._closed, _RETRY_S)
+        self._end_repair(part)
+
+    def _end_repair(self, part: Part) -> None:
         with self._changed:
             del self._repairs[part]
             self._spawning.discard(part[1] if part[0] == "worker" else -1)
@@ -140,6 +179,8 @@ class Keeper:
             self._replace_workers(index)
         elif role == "scheduler":
             self._wait_until(lambda: not self._spawning)  # it looks for workers once, as it starts
+            if not any(self._workers):  # of an idle deployment; it needs one that knows the model
+                self._workers[0] = self._launcher.replace_workers(self._config, 0)
             self._launcher.replace_scheduler(self._config, self._workers)
         else:
             self._wait_until(lambda: _SCHEDULER not in self._repairs)
@@ -174,7 +215,7 @@ class Keeper:
         if _SCHEDULER in self._given_up:
             return self._given_up[_SCHEDULER]
         for role, number in (
-            ("worker", self._config.data_parallel_size),
+            ("worker", self._config.max_num_replicas),
             ("frontend", self._config.api_server_count),
         ):
             given_up = [reason for part, reason in self._given_up.items() if part[0] == role]

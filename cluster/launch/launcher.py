@@ -34,7 +34,8 @@ class Launcher(Protocol):
     scheduler, workers."""
 
     def start_workers(self, config: ServeConfig) -> list[list[str]]:
-        """Starts the ranks of every replica, pp-major; returns the gRPC addresses, a list per replica."""
+        """Starts the ranks of the first replicas, pp-major; returns their gRPC addresses, a list per replica that there
+        may be: empty where none is yet."""
         ...
 
     def start_scheduler(self, config: ServeConfig, workers: list[list[str]]) -> str:
@@ -42,8 +43,12 @@ class Launcher(Protocol):
         ...
 
     def replace_workers(self, config: ServeConfig, replica: int) -> list[str]:
-        """Ends what is left of a replica's workers and starts new ones, when there is room for them; returns their
-        addresses. May run in several threads, one per replica."""
+        """Ends what is left of a replica's workers, if it had any, and starts new ones, when there is room for them.
+        Returns their addresses. May run in several threads, one per replica."""
+        ...
+
+    def stop_workers(self, replica: int) -> None:
+        """Ends the workers of a replica that takes no part any more."""
         ...
 
     def replace_scheduler(self, config: ServeConfig, workers: list[list[str]]) -> None:

@@ -39,15 +39,15 @@ class LocalLauncher:
         self._stopped = False
 
     def start_workers(self, config: ServeConfig) -> list[list[str]]:
-        num_workers = config.num_ranks * config.data_parallel_size
+        num_workers = config.num_ranks * config.max_num_replicas
         gpus = local_gpus() if config.device != "cpu" else []
         if config.device == "cuda" and len(gpus) < num_workers:
             raise LaunchError(f"{num_workers} GPUs are needed and this host has {len(gpus)}; lower the parallel sizes")
         use_gpus = len(gpus) >= num_workers
         cpu_env = cpu_worker_env(cores_per_worker(os.cpu_count() or 1, num_workers))
         self._worker_envs = [{"CUDA_VISIBLE_DEVICES": gpus[i]} if use_gpus else cpu_env for i in range(num_workers)]
-        self._workers = [[] for _ in range(config.data_parallel_size)]
-        for replica in range(config.data_parallel_size):
+        self._workers = [[] for _ in range(config.max_num_replicas)]
+        for replica in range(config.num_replicas_at_start):
             self._start_ranks(replica, config.num_ranks)
         return [[child.wait_for_address(_SPAWN_TIMEOUT_S) for child in replica] for replica in self._workers]
 
@@ -56,6 +56,14 @@ class LocalLauncher:
             child.kill()
         self._start_ranks(replica, config.num_ranks)
         return [child.wait_for_address(_SPAWN_TIMEOUT_S) for child in self._workers[replica]]
+
+    def stop_workers(self, replica: int) -> None:
+        with self._lock:
+            children, self._workers[replica] = self._workers[replica], []
+        for child in children:
+            child.terminate()
+        for child in children:
+            child.join(_END_TIMEOUT_S)
 
     def _start_ranks(self, replica: int, num_ranks: int) -> None:
         with self._lock:

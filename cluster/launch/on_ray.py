@@ -84,25 +84,28 @@ class RayLauncher:
 
     def start_workers(self, config: ServeConfig) -> list[list[str]]:
         self._needs = _worker_needs(config)
-        self._groups = [None] * config.data_parallel_size
+        self._groups = [None] * config.max_num_replicas
         self._workers = [[] for _ in self._groups]
-        for replica in range(config.data_parallel_size):
+        for replica in range(config.num_replicas_at_start):
             self._place(config, replica, _ACTOR_TIMEOUT_S)
         calls = [[worker.start.remote() for worker in replica] for replica in self._workers]
-        return [_get(replica, _ACTOR_TIMEOUT_S, "the workers") for replica in calls]
+        return [_get(replica, _ACTOR_TIMEOUT_S, "the workers") if replica else [] for replica in calls]
 
     def replace_workers(self, config: ServeConfig, replica: int) -> list[str]:
         """In a placement group of its own, as the node of the old one may be gone. One that is pending makes Ray's
         autoscaler add nodes, so it is waited for."""
+        self.stop_workers(replica)
+        self._place(config, replica, _NEW_NODE_TIMEOUT_S)
+        calls = [worker.start.remote() for worker in self._workers[replica]]
+        addresses: list[str] = _get(calls, _ACTOR_TIMEOUT_S, f"the workers of replica {replica}")
+        return addresses
+
+    def stop_workers(self, replica: int) -> None:
         self._forget(("worker", replica), self._workers[replica])
         with self._lock:
             group, self._groups[replica], self._workers[replica] = self._groups[replica], None, []
         if group is not None:
             ray.util.remove_placement_group(group)
-        self._place(config, replica, _NEW_NODE_TIMEOUT_S)
-        calls = [worker.start.remote() for worker in self._workers[replica]]
-        addresses: list[str] = _get(calls, _ACTOR_TIMEOUT_S, f"the workers of replica {replica}")
-        return addresses
 
     def _place(self, config: ServeConfig, replica: int, timeout_s: float) -> None:
         """Makes the actors of a replica's ranks."""
@@ -231,7 +234,7 @@ def has_gpus() -> bool:
 def _worker_needs(config: ServeConfig) -> tuple[dict[str, float], dict[str, str]]:
     """The resources of one worker and its environment. Raises LaunchError when the cluster cannot hold them all."""
     resources = ray.cluster_resources()
-    num_workers = config.num_ranks * config.data_parallel_size
+    num_workers = config.num_ranks * config.max_num_replicas
     num_gpus, num_cpus = int(resources.get("GPU", 0)), resources.get("CPU", 1.0)
     if config.device == "cuda" or (config.device == "auto" and num_gpus):
         if num_gpus < num_workers:

@@ -112,6 +112,14 @@ class FakeDeployment:
             await server.stop()
         await self.engine.replace_workers(replica, addresses)
 
+    async def add(self, replica: int) -> None:
+        """Workers where there are none."""
+        number = self.engine.config.num_ranks
+        self.servers[replica] = [FakeWorkerServer(type(self.workers[0][0])(), "unix") for _ in range(number)]
+        addresses = [await server.start() for server in self.servers[replica]]
+        self.workers[replica] = [server.worker for server in self.servers[replica]]
+        await self.engine.replace_workers(replica, addresses)
+
     async def settled(self) -> None:
         """Waits until no plan is in flight, then checks the pool."""
         scheduler = self.engine.scheduler
@@ -132,7 +140,7 @@ async def fake_deployment(
     config, spec = config or fake_config(), spec or fake_spec()
     servers = [
         [FakeWorkerServer(make_worker(), transport) for _ in range(config.num_ranks)]
-        for _ in range(config.data_parallel_size)
+        for _ in range(config.num_replicas_at_start)
     ]
     addresses = [[await server.start() for server in replica] for replica in servers]
     lost: list[tuple[int, str]] = []

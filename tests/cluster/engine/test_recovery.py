@@ -231,6 +231,37 @@ def test_ranks_that_may_be_out_of_step_are_not_taken_over(sizes: dict[str, int])
     run(test())
 
 
+def test_replicas_come_and_go() -> None:
+    """From one to two, to none, and back: nothing that was asked for is lost."""
+
+    async def test() -> None:
+        config = fake_config(min_replicas=0, max_replicas=2, max_num_seqs=4)
+        async with fake_deployment(config, make_worker=Slow, replaces_workers=True) as deployment:
+            engine, client = deployment.engine, deployment.client
+            states = [replica.state for replica in engine.load().replicas]
+            assert states == [pb.ReplicaLoad.SERVING, pb.ReplicaLoad.ABSENT]
+            running = [asyncio.create_task(collect(client.generate(request([i], 60, seed=i)))) for i in range(8)]
+            await under_way(deployment, 4)
+            assert engine.load().oldest_wait_s > 0
+            deployment.servers.append([])
+            deployment.workers.append([])
+            await deployment.add(1)
+            await until(lambda: engine.scheduler.num_running == 8, "both replicas are full")
+            assert [replica.num_running for replica in engine.load().replicas] == [4, 4]
+            await engine.retire(0)
+            await engine.retire(1)
+            assert (engine.scheduler.num_running, engine.scheduler.num_waiting) == (0, 8)
+            assert engine.load().healthy
+            late = asyncio.create_task(collect(client.generate(request([50], 5))))
+            await until(lambda: engine.scheduler.num_waiting == 9, "it waits")
+            await deployment.add(0)
+            for i, (tokens, _) in enumerate(await asyncio.gather(*running)):
+                assert tokens == fake_tokens([i], 60, seed=i)
+            assert (await late)[0] == fake_tokens([50], 5, seed=0)
+
+    run(test())
+
+
 def test_a_client_does_not_wait_for_ever() -> None:
     async def test() -> None:
         async with fake_deployment(make_worker=Slow) as deployment:

@@ -21,6 +21,7 @@ class Engine(engine_pb2_grpc.EngineServicer):
     def __init__(self, num_replicas: int) -> None:
         self.replicas = [pb.ReplicaLoad() for _ in range(num_replicas)]
         self.done: list[str] = []
+        self.num_waiting = 0
         self.refuses = ""
         self.silent = False
         self.may_answer = threading.Event()
@@ -28,7 +29,7 @@ class Engine(engine_pb2_grpc.EngineServicer):
     def GetLoad(self, request: pb.LoadRequest, context: grpc.ServicerContext) -> pb.LoadResponse:
         if self.silent:
             self.may_answer.wait(20)
-        return pb.LoadResponse(replicas=self.replicas)
+        return pb.LoadResponse(replicas=self.replicas, num_waiting=self.num_waiting)
 
     def ReplaceWorkers(
         self, request: pb.ReplaceWorkersRequest, context: grpc.ServicerContext
@@ -38,6 +39,13 @@ class Engine(engine_pb2_grpc.EngineServicer):
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, self.refuses)
         self.replicas[request.replica].Clear()
         return pb.ReplaceWorkersResponse()
+
+    def RetireReplica(
+        self, request: pb.RetireReplicaRequest, context: grpc.ServicerContext
+    ) -> pb.RetireReplicaResponse:
+        self.done.append(f"replica {request.replica} retires")
+        self.replicas[request.replica].state = pb.ReplicaLoad.ABSENT
+        return pb.RetireReplicaResponse()
 
     def GiveUpReplica(
         self, request: pb.GiveUpReplicaRequest, context: grpc.ServicerContext
@@ -67,6 +75,9 @@ class FakeLauncher:
 
     def replace_workers(self, config: ServeConfig, replica: int) -> list[str]:
         return [f"new:{self._start(('worker', replica))}"]
+
+    def stop_workers(self, replica: int) -> None:
+        self._engine.done.append(f"workers {replica} end")
 
     def replace_scheduler(self, config: ServeConfig, workers: list[list[str]]) -> None:
         self._start(("scheduler", 0))
@@ -99,14 +110,15 @@ class FakeLauncher:
 class World:
     def __init__(self, **config: object) -> None:
         self.config = ServeConfig.model_validate({"model": "m", "data_parallel_size": 2} | config)
-        self.engine = Engine(self.config.data_parallel_size)
+        self.engine = Engine(self.config.max_num_replicas)
         self.launcher = FakeLauncher(self.engine)
         self._server = grpc.server(ThreadPoolExecutor(8))
         engine_pb2_grpc.add_EngineServicer_to_server(self.engine, self._server)
         port = self._server.add_insecure_port("127.0.0.1:0")
         self._server.start()
         self.now_s = 0.0
-        workers = [[f"old:{replica}"] for replica in range(self.config.data_parallel_size)]
+        number, at_start = self.config.max_num_replicas, self.config.num_replicas_at_start
+        workers = [[f"old:{replica}"] if replica < at_start else [] for replica in range(number)]
         self.keeper = Keeper(self.config, self.launcher, f"127.0.0.1:{port}", workers, clock=lambda: self.now_s)
         self.over: str | None = None
 
@@ -226,6 +238,32 @@ def test_what_cannot_be_started_is_given_up(
     world.look_until(lambda: world.over is not None)
     assert world.over == "no room"
     assert world.engine.done[-1] == "replica 0 is given up: no room"
+
+
+def test_replicas_come_and_go_with_the_load(make: Callable[..., World]) -> None:
+    world = make(data_parallel_size=1, min_replicas=0, max_replicas=3, max_num_seqs=10)
+    for replica in (1, 2):
+        world.engine.replicas[replica].state = pb.ReplicaLoad.ABSENT
+    world.engine.num_waiting = 20
+    world.keeper.look()
+    assert world.engine.done == []
+    world.now_s = 2.0
+    world.look_until(lambda: len(world.engine.done) == 2)
+    world.settle()
+    assert sorted(each[:14] for each in world.engine.done) == ["replica 1 gets", "replica 2 gets"]
+    world.engine.done.clear()
+    world.engine.num_waiting = 0
+    for number in (2, 1, 0):
+        world.keeper.look()
+        world.now_s += 121
+        world.look_until(lambda number=number: f"workers {number} end" in world.engine.done)
+        world.settle()
+    # Dead while idle: there is no worker that a new scheduler could ask.
+    world.launcher.dead["scheduler", 0] = "killed"
+    world.engine.done.clear()
+    world.look_until(lambda: bool(world.engine.done))
+    world.settle()
+    assert world.engine.done == ["scheduler for [['new:3'], [], []]"]
 
 
 def test_closing_ends_a_repair(make: Callable[..., World], monkeypatch: pytest.MonkeyPatch) -> None:
