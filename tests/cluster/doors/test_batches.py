@@ -90,10 +90,15 @@ def test_every_line_gets_the_answer_of_a_direct_call(shared: DoorThread, client:
     assert (output.purpose, output.filename) == ("batch_output", f"{done.id}_output.jsonl")
 
 
-def test_chat_and_messages(shared: DoorThread, client: openai.OpenAI) -> None:
-    asked = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4, "temperature": 0}
-    for url, more in (("/v1/chat/completions", {}), ("/v1/messages", {"model": "tiny"})):
-        each = line("a", url, **asked, **more)
+def test_other_endpoints(shared: DoorThread, client: openai.OpenAI) -> None:
+    chat = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4, "temperature": 0}
+    bodies: dict[str, dict[str, Any]] = {
+        "/v1/chat/completions": chat,
+        "/v1/messages": chat | {"model": "tiny"},
+        "/v1/embeddings": {"input": ["Hello world", "a"]},
+    }
+    for url, asked in bodies.items():
+        each = line("a", url, **asked)
         done = wait(client, create(client, [each], endpoint=url))
         (answer,) = read(client, done.output_file_id).values()
         assert (200, bare(answer["response"]["body"])) == direct(shared, each)
