@@ -64,6 +64,7 @@ class ReplicaLoop:
         self.group = group
         self.metrics = metrics
         self.lost_reason: str | None = None
+        self.trouble: str | None = None  # why the last epoch ended, until a step comes back
         self._scheduler = scheduler
         self._publish = publish
         self._deadlines = deadlines
@@ -88,6 +89,7 @@ class ReplicaLoop:
                 await self._run_epoch(on_requeue)
             except WorkerError as error:
                 logger.warning("replica %d: epoch ended: %s", self.index, error)
+                self.trouble = str(error)
                 self._scheduler.reset(self.index)
                 self.metrics.failovers.value += 1
                 on_requeue()
@@ -170,6 +172,7 @@ class ReplicaLoop:
             self._send_plans(streams, on_requeue)  # first of all: a device may be waiting
             self._publish(events, self.index)
             self._num_steps += 1
+            self.trouble = None
             self._last_reply_s = received_s
             self._unsettled.append(_DoneStep(sent, reply, received_s, time.thread_time() - cpu_start_s))
             if len(self._unsettled) >= _MAX_UNSETTLED:
