@@ -58,6 +58,25 @@ def check_fits(request: Request, capacities: Many[Capacity], enable_chunked_pref
             )
 
 
+def check_capacities(replicas: Many[Capacity]) -> None:
+    """Raises ValueError for capacities that cannot work, alone or together."""
+    if not replicas:
+        raise ValueError("a scheduler needs at least one replica")
+    block_sizes = {capacity.block_size for capacity in replicas}
+    if len(block_sizes) > 1:  # a sequence keeps its block hashes when it moves
+        raise ValueError(f"replicas have block sizes {sorted(block_sizes)}; they must be equal")
+    for i, capacity in enumerate(replicas):
+        if capacity.max_num_batched_tokens < capacity.max_num_seqs:
+            raise ValueError(
+                f"replica {i}: max_num_batched_tokens={capacity.max_num_batched_tokens} must be at least "
+                f"max_num_seqs={capacity.max_num_seqs}: every running sequence takes one token of a step"
+            )
+        if capacity.num_lanes > capacity.max_num_seqs:
+            raise ValueError(
+                f"replica {i}: max_num_seqs={capacity.max_num_seqs} must be at least the {capacity.num_lanes} lanes"
+            )
+
+
 class Admission:
     """Takes sequences from the head of the queue into one replica, in order: who does not fit yet keeps those behind
     it waiting, so that long prompts are not starved by short ones."""

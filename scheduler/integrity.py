@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from manta.scheduler.block_pool import BlockPool
 from manta.scheduler.group import Group
 from manta.scheduler.lane import Lane
+from manta.scheduler.placement import Placement
 from manta.scheduler.replica import Replica
 from manta.scheduler.sequence import Sequence, Status
 from manta.scheduler.waiting import WaitingQueue
@@ -84,6 +85,16 @@ def check_waiting(queue: WaitingQueue) -> None:
         assert not sequence.blocks, f"{name} has blocks"
     num_tokens = sum(len(sequence.tokens) for sequence in queue)
     assert queue.num_tokens == num_tokens, f"{num_tokens} tokens are waiting, the queue counts {queue.num_tokens}"
+
+
+def check_placement(placement: Placement, replicas: list[Replica]) -> None:
+    """Between two plans."""
+    assert not placement.num_passed, "a plan has left requests that it passed over"
+    for index in placement.closed:
+        replica = replicas[index]
+        empty = not (replica.residents or replica.parked or replica.followers or replica.in_flight)
+        assert empty, f"replica {index} is closed and not empty"
+    assert not placement.idle & placement.closed, "a closed replica waits for requests"
 
 
 def _check_slots(replica: Replica) -> None:

@@ -8,6 +8,7 @@ from manta.scheduler.admission import Admission
 from manta.scheduler.draft import Draft
 from manta.scheduler.group import BeamGroup, listening
 from manta.scheduler.growth import give_blocks, last_in_rank
+from manta.scheduler.placement import Placement
 from manta.scheduler.replica import Replica
 from manta.scheduler.sequence import Sequence, Status
 from manta.scheduler.types import Counters, Events, Started, StepPlan
@@ -16,10 +17,18 @@ from manta.scheduler.waiting import WaitingQueue
 
 class Planner:
     def __init__(
-        self, replica: Replica, queue: WaitingQueue, counters: Counters, events: Events, enable_chunked_prefill: bool
+        self,
+        replica: Replica,
+        queue: WaitingQueue,
+        placement: Placement | None,
+        counters: Counters,
+        events: Events,
+        enable_chunked_prefill: bool,
     ) -> None:
+        """placement: None where there is but one replica."""
         self._replica = replica
         self._queue = queue
+        self._placement = placement
         self._counters = counters
         self._events = events
         self._admission = Admission(replica, enable_chunked_prefill)
@@ -35,6 +44,8 @@ class Planner:
             # Beams that wait hold what others, or they themselves, need: nobody else will make room.
             self._preempt(last_in_rank(replica))
             plan = self._plan_step()
+        if self._placement is not None:
+            self._placement.settle(replica.index, None if plan is None else plan.num_tokens)
         return plan
 
     def _plan_step(self) -> StepPlan | None:
@@ -105,14 +116,16 @@ class Planner:
                 self._queue.push_front(sequence)
 
     def _admit(self, draft: Draft, budget: int) -> None:
+        placement = self._placement
         while budget > 0 and self._admission.has_room(draft, len(self._queue)):
-            sequence = self._queue.peek()
+            sequence = self._queue.peek() if placement is None else placement.choose(self._replica.index)
             if sequence is None:
                 return
             num_cached = self._admission.admit(sequence, draft, budget)
             if num_cached < 0:
                 return
             self._queue.remove(sequence)
+            sequence.passed_at.clear()
             budget -= draft.prefills[sequence.slot].num_tokens
             if not sequence.started:
                 sequence.started = True

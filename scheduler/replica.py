@@ -17,7 +17,7 @@ from manta.scheduler.stops import StopTable
 from manta.scheduler.types import Capacity, StepResult, WrongResultError
 
 _PUBLISH_STRIDE = 64
-_HASH_STRIDE = 128  # blocks hashed at a time where nobody knows yet how many will be found
+HASH_STRIDE = 128  # blocks hashed at a time where nobody knows yet how many will be found
 
 
 class Replica:
@@ -141,16 +141,21 @@ class Replica:
         if not self.enable_prefix_caching:
             return found
         self._publish_filled()
-        block_size, hashes = self.capacity.block_size, sequence.hashes
-        num_full = len(sequence.tokens) // block_size
+        hashes = sequence.hashes
         while True:
             found += self.pool.find(hashes[len(found) :])
-            if len(found) < len(hashes) or len(hashes) >= num_full:
-                return found
             # What is hashed here and not found need not be hashed when it is published; more can wait until then.
-            num_hashed = min(len(hashes) + _HASH_STRIDE, num_full)
-            tokens = sequence.tokens[len(hashes) * block_size : num_hashed * block_size]
-            self.hasher.extend(hashes, sequence.root, tokens)
+            if len(found) < len(hashes) or not self.hash_more(sequence, HASH_STRIDE):
+                return found
+
+    def hash_more(self, sequence: Sequence, num_blocks: int) -> bool:
+        """Hashes the next blocks of a waiting sequence, as far as they are full; False if there are none."""
+        block_size, hashes = self.capacity.block_size, sequence.hashes
+        num_hashed = min(len(hashes) + num_blocks, len(sequence.tokens) // block_size)
+        if not self.enable_prefix_caching or num_hashed <= len(hashes):
+            return False
+        self.hasher.extend(hashes, sequence.root, sequence.tokens[len(hashes) * block_size : num_hashed * block_size])
+        return True
 
     def publish(self, sequence: Sequence, num_full: int) -> None:
         """The KV of its first `num_full` blocks exists, or is written by a step that is planned."""

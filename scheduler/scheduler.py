@@ -5,12 +5,13 @@
 from itertools import islice
 from typing import Literal
 
-from manta.scheduler.admission import check_beams_fit, check_fits
+from manta.scheduler.admission import check_beams_fit, check_capacities, check_fits
 from manta.scheduler.beam_search import BeamParams
 from manta.scheduler.group import BeamGroup, Group, listening
 from manta.scheduler.grouping import leaders_of, samples_of, search_of
-from manta.scheduler.integrity import check_groups, check_replica, check_waiting
+from manta.scheduler.integrity import check_groups, check_placement, check_replica, check_waiting
 from manta.scheduler.outcome import apply_result, finish
+from manta.scheduler.placement import Placement
 from manta.scheduler.planner import Planner
 from manta.scheduler.prefix import PrefixHasher
 from manta.scheduler.replica import Replica
@@ -33,9 +34,9 @@ _NUM_LOOKED_AT = 64  # sequences that a lost replica had are in front
 
 
 class Scheduler:
-    """A request waits in the one queue until `plan` of some replica has room for it. What the outside must hear of is
-    in the Events of `apply` and `abort`; whatever `add` and `plan` bring about comes with the next of these, or
-    at once with `take_events`.
+    """A request waits in the one queue until `plan` of some replica has room for it and no other is known to be better.
+    What the outside must hear of is in the Events of `apply` and `abort`; whatever `add` and `plan` bring about comes
+    with the next of these, or at once with `take_events`.
 
     Raises ValueError for capacities that cannot work.
     """
@@ -50,7 +51,7 @@ class Scheduler:
         max_num_queued_reqs: int = 4096,
         max_num_queued_tokens: int | None = None,
     ) -> None:
-        _check_capacities(replicas)
+        check_capacities(replicas)
         self.counters = Counters()
         self._capacities = replicas
         self._max_model_len = min(capacity.max_model_len for capacity in replicas)
@@ -68,8 +69,9 @@ class Scheduler:
             Replica(i, capacity, hasher, enable_prefix_caching=enable_prefix_caching, use_priority=policy == "priority")
             for i, capacity in enumerate(replicas)
         ]
+        self._placement = Placement(self._replicas, self._queue) if len(replicas) > 1 else None
         self._planners = [
-            Planner(replica, self._queue, self.counters, self._events, enable_chunked_prefill)
+            Planner(replica, self._queue, self._placement, self.counters, self._events, enable_chunked_prefill)
             for replica in self._replicas
         ]
 
@@ -189,6 +191,8 @@ class Scheduler:
     def plan(self, replica: int = 0) -> StepPlan | None:
         """The replica's next step; None if there is nothing to run now or max_in_flight plans are unanswered. Every
         plan must be sent, in order."""
+        if self._placement is not None and replica in self._placement.closed:
+            return None
         return self._planners[replica].plan()
 
     def apply(self, result: StepResult, replica: int = 0) -> Events:
@@ -228,11 +232,30 @@ class Scheduler:
         for sequence in reversed(leaders_of(waiting)):
             self._queue.push_front(sequence)
 
+    def close_replica(self, replica: int) -> None:
+        """As `reset`, for one that nobody will plan until `open_replica`: no request waits for it."""
+        self.reset(replica)
+        if self._placement is not None:
+            self._placement.close(replica)
+
+    def open_replica(self, replica: int) -> None:
+        """It has workers and will be planned; as all are at first."""
+        if self._placement is not None:
+            self._placement.open(replica)
+
+    @property
+    def idle_replicas(self) -> frozenset[int]:
+        """Those that found nothing to run when they were planned last, but requests that others should take. They
+        should be planned again when a step of another one is answered, and if none is, after a while."""
+        return frozenset() if self._placement is None else frozenset(self._placement.idle)
+
     def check(self) -> None:
         """Raises AssertionError naming what is broken in the scheduler's own books."""
         for replica in self._replicas:
             check_replica(replica)
         check_waiting(self._queue)
+        if self._placement is not None:
+            check_placement(self._placement, self._replicas)
         here = list(self._queue)
         for replica in self._replicas:
             here += replica.residents.values()
@@ -307,21 +330,3 @@ class Scheduler:
         end = Finished(sequence.request, "stop", last, num_output_tokens)
         self._events.finished.append(end if stopped else Finished(sequence.request, "length", None, num_output_tokens))
         return True
-
-
-def _check_capacities(replicas: list[Capacity]) -> None:
-    if not replicas:
-        raise ValueError("a scheduler needs at least one replica")
-    block_sizes = {capacity.block_size for capacity in replicas}
-    if len(block_sizes) > 1:  # a sequence keeps its block hashes when it moves
-        raise ValueError(f"replicas have block sizes {sorted(block_sizes)}; they must be equal")
-    for i, capacity in enumerate(replicas):
-        if capacity.max_num_batched_tokens < capacity.max_num_seqs:
-            raise ValueError(
-                f"replica {i}: max_num_batched_tokens={capacity.max_num_batched_tokens} must be at least "
-                f"max_num_seqs={capacity.max_num_seqs}: every running sequence takes one token of a step"
-            )
-        if capacity.num_lanes > capacity.max_num_seqs:
-            raise ValueError(
-                f"replica {i}: max_num_seqs={capacity.max_num_seqs} must be at least the {capacity.num_lanes} lanes"
-            )

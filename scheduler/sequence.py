@@ -66,6 +66,7 @@ class Sequence:
     num_published: int = 0  # leading blocks that the prefix index has been told of
 
     hashes: list[bytes] = field(default_factory=list)  # of leading full blocks, as far as anyone asked
+    passed_at: dict[int, int] = field(default_factory=dict)  # while waiting, by replica: when first left to others
 
     @classmethod
     def of(cls, request: Request, arrival: int, max_model_len: int) -> "Sequence":

@@ -2,7 +2,7 @@
 
 from bisect import bisect_left, insort
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Protocol
 
 from manta.scheduler.sequence import Sequence
@@ -14,6 +14,7 @@ class WaitingQueue(Protocol):
     def __len__(self) -> int: ...
     def __iter__(self) -> Iterator[Sequence]: ...
     def peek(self) -> Sequence | None: ...
+    def first(self, passed: Container[Sequence]) -> Sequence | None: ...
     def push(self, sequence: Sequence) -> None: ...
     def push_front(self, sequence: Sequence) -> None: ...
     def remove(self, sequence: Sequence) -> None: ...
@@ -34,6 +35,10 @@ class FcfsQueue:
 
     def peek(self) -> Sequence | None:
         return next(iter(self._sequences.values()), None)
+
+    def first(self, passed: Container[Sequence]) -> Sequence | None:
+        """The first that is not among those passed over."""
+        return next((sequence for sequence in self if sequence not in passed), None)
 
     def push(self, sequence: Sequence) -> None:
         self._sequences[sequence.request.id] = sequence
@@ -65,6 +70,10 @@ class PriorityQueue:
 
     def peek(self) -> Sequence | None:
         return self._sequences[self._keys[0]] if self._keys else None
+
+    def first(self, passed: Container[Sequence]) -> Sequence | None:
+        """The first that is not among those passed over."""
+        return next((sequence for sequence in self if sequence not in passed), None)
 
     def push(self, sequence: Sequence) -> None:
         key = (sequence.request.priority, sequence.arrival)

@@ -161,6 +161,7 @@ def _read(path: Path, line: Line) -> bytes:
 
 def num_sequences(request: BatchRequest) -> int:
     """How many sequences the request will have, as far as its fields are what they should be."""
-    prompt, wanted = request.body.get("prompt"), [request.body.get(name) for name in ("n", "best_of")]
-    num_prompts = len(prompt) if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else 1
+    prompt = request.body.get("prompt", request.body.get("input"))
+    num_prompts = len(prompt) if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list) else 1
+    wanted = [request.body.get(name) for name in ("n", "best_of")]
     return num_prompts * max(each if type(each) is int and each > 0 else 1 for each in wanted)

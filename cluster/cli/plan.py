@@ -33,7 +33,7 @@ class _Planned:
 
     @property
     def num_gpus(self) -> int:
-        return self.config.num_ranks * self.config.data_parallel_size
+        return self.config.num_ranks * self.config.max_num_replicas
 
     @property
     def lengths(self) -> list[int]:
@@ -110,7 +110,7 @@ def _as_text(planned: _Planned) -> str:
     config, memory = planned.config, planned.memory
     lines = [
         f"model        {config.model_name}: {_count(planned.spec.num_weights)} weights ({planned.source})",
-        f"deployment   {planned.num_gpus} x {gib(planned.device_bytes)}: replicas {config.data_parallel_size}, "
+        f"deployment   {planned.num_gpus} x {gib(planned.device_bytes)}: replicas {_replicas(config)}, "
         f"pipeline {config.pipeline_parallel_size}, tensor {config.tensor_parallel_size}",
         *_stage_lines(planned),
     ]
@@ -151,8 +151,8 @@ def _holds(stage: RankMemory) -> str:
 
 
 def _sequence_lines(planned: _Planned) -> list[str]:
-    """How many run at once, over all replicas."""
-    replicas, memory = planned.config.data_parallel_size, planned.memory
+    """How many run at once, over the most replicas there can be."""
+    replicas, memory = planned.config.max_num_replicas, planned.memory
     lines = []
     for index, length in enumerate(planned.lengths):
         number = memory.num_sequences(length)
@@ -188,7 +188,8 @@ def _as_json(planned: _Planned) -> dict[str, Any]:
         "num_weights": planned.spec.num_weights,
         "tensor_parallel_size": config.tensor_parallel_size,
         "pipeline_parallel_size": config.pipeline_parallel_size,
-        "num_replicas": config.data_parallel_size,
+        "min_replicas": config.min_num_replicas,
+        "max_replicas": config.max_num_replicas,
         "num_gpus": planned.num_gpus,
         "device_bytes": planned.device_bytes,
         "stages": [
@@ -216,6 +217,11 @@ def _as_json(planned: _Planned) -> dict[str, Any]:
         "advice": planned.advice,
         "notes": _notes(planned),
     }
+
+
+def _replicas(config: ServeConfig) -> str:
+    lowest, highest = config.min_num_replicas, config.max_num_replicas
+    return str(highest) if lowest == highest else f"{lowest} to {highest}"
 
 
 def _count(number: int) -> str:

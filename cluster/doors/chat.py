@@ -1,5 +1,6 @@
 """POST /v1/chat/completions."""
 
+import asyncio
 from typing import Any
 
 import orjson
@@ -29,6 +30,7 @@ from manta.cluster.doors.tools.request import ToolRequest, read_tools
 from manta.cluster.doors.validate import Ask, Resolved, check_bool, check_int, shown
 from manta.configs.sampling import MAX_LOGPROBS
 
+THREAD_MESSAGES = 200  # more are rendered in a thread; a template takes some 20 to 50 us for each
 _RESERVED_KWARGS = frozenset(
     {"add_generation_prompt", "continue_final_message", "tokenize", "chat_template", "return_dict", "conversation"}
     | {"tools"}
@@ -45,7 +47,7 @@ class ChatCompletions:
         options = read_options(given)
         wanted_id = read_request_id(given, header_id)
         service.validator.check_model(given.get("model"))
-        ask, plan = read_chat(service, given, _sampling(given))
+        ask, plan = await read_long_chat(service, given, _sampling(given))
         request_id = service.free_id("chatcmpl", wanted_id)
         resolved = await service.validator.resolve(ask, request_id)
         names = TokenNames(service.validator.tokenizer, options.tokens_as_ids)
@@ -67,12 +69,21 @@ class ChatCompletions:
         await reply.json(answer)
 
 
+async def read_long_chat(service: Service, given: dict[str, Any], sampling: dict[str, Any]) -> tuple[Ask, AnswerPlan]:
+    """As `read_chat`, but other calls go on while the template is at work on many messages."""
+    messages = given.get("messages")
+    if isinstance(messages, list) and len(messages) > THREAD_MESSAGES:
+        return await asyncio.to_thread(read_chat, service, given, sampling)
+    return read_chat(service, given, sampling)
+
+
 def read_chat(service: Service, given: dict[str, Any], sampling: dict[str, Any]) -> tuple[Ask, AnswerPlan]:
     """What a call of chat asks for, whichever door it comes through, and how its answers are read.
 
     `given` are the fields of the HTTP body that are set, `sampling` those of SamplingParams, with the constraint of a
     response_format. Raises RequestError.
     """
+    _check_number(given.get("messages"), service.validator.limits.max_model_len)
     tools = read_tools(given)
     text, add_special_tokens = chat_prompt(service.validator.tokenizer, given, tools)
     tells_reasoning = check_bool(given.get("include_reasoning", True), "include_reasoning")
@@ -90,6 +101,13 @@ def read_chat(service: Service, given: dict[str, Any], sampling: dict[str, Any])
         visible_tokens=plan.visible_tokens,
     )
     return ask, plan
+
+
+def _check_number(messages: Any, max_model_len: int) -> None:
+    """Refuses what cannot fit before the template works on it: hardly a message takes less than a token."""
+    if isinstance(messages, list) and len(messages) > 2 * max_model_len:
+        message = f"{len(messages)} messages cannot fit this model's maximum context length of {max_model_len} tokens"
+        raise RequestError(message, "messages", "context_length_exceeded")
 
 
 def chat_prompt(tokenizer: Tokenizer, given: dict[str, Any], tools: ToolRequest) -> tuple[str, bool]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from manta.cluster.doors.answer import AnswerPlan
-from manta.cluster.doors.chat import read_chat
+from manta.cluster.doors.chat import read_long_chat
 from manta.cluster.doors.errors import RequestError
 from manta.cluster.doors.exchange import Reply, error_headers
 from manta.cluster.doors.messages_blocks import chat_messages
@@ -47,7 +47,7 @@ class Messages:
         streams = check_bool(given.get("stream", False), "stream")
         request_id = service.free_id("msg", header_id)
         try:
-            asked = _read(service, given)
+            asked = await _read(service, given)
             resolved = await service.validator.resolve(asked.ask, request_id)
         except RequestError as error:
             raise retold(error)
@@ -107,14 +107,14 @@ class CountTokens:
     async def __call__(self, body: dict[str, Any], header_id: str, reply: Reply) -> None:
         given = read_body(body, only_counts=True)
         try:
-            ask = _read(self._service, given).ask
+            ask = (await _read(self._service, given)).ask
         except RequestError as error:
             raise retold(error)
         token_ids = await self._service.validator.encode(ask.prompt, ask.add_special_tokens)
         await reply.json({"input_tokens": len(token_ids)})
 
 
-def _read(service: Service, given: dict[str, Any]) -> _Asked:
+async def _read(service: Service, given: dict[str, Any]) -> _Asked:
     """What a checked body asks for. An answer that the client has begun, as the last message of the assistant, is
     continued. Raises RequestError, which may speak of fields of a chat call."""
     service.validator.check_model(given["model"])
@@ -131,7 +131,7 @@ def _read(service: Service, given: dict[str, Any]) -> _Asked:
     }
     sampling = sampling_fields(given)
     apply_output_format(given, sampling)
-    ask, plan = read_chat(service, chat, sampling)
+    ask, plan = await read_long_chat(service, chat, sampling)
     return _Asked(ask, plan, thinking)
 
 

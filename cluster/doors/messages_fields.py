@@ -33,7 +33,7 @@ def tool_fields(given: dict[str, Any]) -> dict[str, Any]:
         return chat
     kind = choice.get("type") if isinstance(choice, dict) else None
     known = {"type"} | ({"name"} if kind == "tool" else set())
-    if kind in _CHOICES:
+    if isinstance(kind, str) and kind in _CHOICES:
         chat["tool_choice"] = _CHOICES[kind]
     elif kind == "tool":
         chat["tool_choice"] = {"type": "function", "function": {"name": choice.get("name")}}

@@ -16,6 +16,8 @@ import httpx
 from starlette.datastructures import Headers
 from starlette.types import Scope, Send
 
+from manta.cluster.doors.exchange import ClientGoneError
+
 NAME_CHARACTERS = 8
 _REQUEST_HEADERS = ("authorization", "x-api-key", "content-type", "accept")
 _ANSWER_HEADERS = ("content-type", "content-length", "retry-after", "cache-control", "x-accel-buffering")
@@ -37,12 +39,13 @@ class Peers:
         """The socket for those who share `http_port`. Raises PeerError."""
         folder = Path(tempfile.gettempdir()) / f"manta-{os.getuid()}"
         try:
-            for each in (folder, folder / str(http_port)):
-                each.mkdir(mode=0o700, exist_ok=True)
+            folder.mkdir(mode=0o700, exist_ok=True)
             status = folder.lstat()
             if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
                 raise PeerError(f"{folder} must be a folder that only this user can enter; remove it")
+            _sweep(folder)
             self._folder = folder / str(http_port)
+            self._folder.mkdir(mode=0o700, exist_ok=True)
             listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             listener.bind(str(self._folder / self.name))
         except OSError as error:
@@ -67,7 +70,7 @@ class Peers:
         return path if path.is_socket() else None
 
     async def pass_on(self, path: Path, scope: Scope, body: bytes, send: Send) -> bool:
-        """Lets the frontend at `path` answer the request. False if nobody is there."""
+        """Lets the frontend at `path` answer the request. False if nobody is there, or it ends before it answers."""
         given = Headers(scope=scope)
         headers = {name: given[name] for name in _REQUEST_HEADERS if name in given}
         headers |= {"x-request-id": scope["request_id"], "accept-encoding": "identity"}
@@ -78,16 +81,40 @@ class Peers:
             try:
                 request = client.build_request(scope["method"], url, headers=headers, content=body)
                 answer = await client.send(request, stream=True)
-            except (httpx.ConnectError, httpx.ConnectTimeout):
+            except (httpx.TransportError, FileNotFoundError):
                 return False
             async with contextlib.aclosing(answer):
-                kept = [(name.encode(), answer.headers[name].encode()) for name in _ANSWER_HEADERS
-                        if name in answer.headers]  # fmt: skip
+                named = [name for name in _ANSWER_HEADERS if name in answer.headers]
+                kept = [(name.encode(), answer.headers[name].encode()) for name in named]
                 await send({"type": "http.response.start", "status": answer.status_code, "headers": kept})
-                async for piece in answer.aiter_raw():
-                    await send({"type": "http.response.body", "body": piece, "more_body": True})
+                try:
+                    async for piece in answer.aiter_raw():
+                        await send({"type": "http.response.body", "body": piece, "more_body": True})
+                except httpx.HTTPError as error:  # what was sent cannot be taken back: the client sees a broken answer
+                    raise ClientGoneError from error
         await send({"type": "http.response.body", "body": b""})
         return True
+
+
+def _sweep(folder: Path) -> None:
+    """Removes the sockets of processes that had no time to do it themselves."""
+    for path in [*folder.glob("*/*")]:
+        if _is_dead(path):
+            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # the others there may live
+                path.parent.rmdir()
+
+
+def _is_dead(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as trial:
+        trial.setblocking(False)
+        try:
+            trial.connect(str(path))
+        except ConnectionRefusedError:
+            return True
+        except OSError:
+            return False
+    return False
 
 
 def _query(scope: Scope) -> bytes:

@@ -1,6 +1,7 @@
 """What endpoints of files and batches have in common: lists in pages, and errors of the disk."""
 
 import contextlib
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn, Protocol
 
@@ -39,7 +40,7 @@ def read_limit(request: Request, default: int, largest: int) -> int:
     text = request.query_params.get("limit")
     if text is None:
         return default
-    if not text.isascii() or not text.isdigit():
+    if not re.fullmatch("[0-9]{1,9}", text):
         raise RequestError(f"limit must be an integer, not {shown(text)}", "limit", "invalid_type")
     return check_int(int(text), "limit", 1, largest)
 

@@ -63,6 +63,8 @@ class Engine:
         self._loops = [self._new_loop(index) for index in range(len(deployment.groups))]
         for index, loop in enumerate(self._loops):
             loop.lost_reason = deployment.lost.get(index) if loop.group.addresses else _ABSENT
+            if loop.lost_reason is not None:
+                self.scheduler.close_replica(index)
         self._given_up: dict[int, str] = {}  # replicas that nobody will bring back, and why
         self._reporter = Reporter(
             config, deployment, self.scheduler, self._publisher, self._metrics, self._loops, self._given_up
@@ -108,7 +110,7 @@ class Engine:
         if loop.lost_reason is None:
             self._tasks[loop.index].cancel()
             await asyncio.gather(self._tasks[loop.index], return_exceptions=True)
-            self.scheduler.reset(loop.index)
+            self.scheduler.close_replica(loop.index)
             self._wake()
         loop.lost_reason = reason
 
@@ -299,6 +301,6 @@ class Engine:
         return None
 
     def _wake(self) -> None:
-        """Wakes the emptiest replica first: the first to plan takes what is waiting."""
+        """Wakes the emptiest replica first: of equally good ones the first to plan takes what is waiting."""
         for loop in sorted(self._loops, key=lambda loop: -self.scheduler.num_free_blocks(loop.index)):
             loop.wake()

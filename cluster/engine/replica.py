@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 _HEALTHY_STEPS = 100  # an epoch with fewer counts as short
 _MAX_UNSETTLED = 64
+_LOOK_AGAIN_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +84,14 @@ class ReplicaLoop:
 
     async def run(self, on_requeue: Callable[[], None]) -> None:
         """Serves epoch after epoch; `on_requeue` is called when sequences of this replica are back in the queue, where
-        other replicas can take them."""
+        other replicas can take them, and when these wait for what this one leaves."""
         while self.lost_reason is None:
             try:
                 await self._run_epoch(on_requeue)
             except WorkerError as error:
                 logger.warning("replica %d: epoch ended: %s", self.index, error)
                 self.trouble = str(error)
-                self._scheduler.reset(self.index)
+                self._scheduler.close_replica(self.index)
                 self.metrics.failovers.value += 1
                 on_requeue()
                 self.lost_reason = await self._why_lost(error)
@@ -119,6 +120,7 @@ class ReplicaLoop:
         self._had_work = False
         self._wake.set()
         streams = await EpochStreams.open(self.group)
+        self._scheduler.open_replica(self.index)
         parts = [
             self._plan_when_woken(streams, on_requeue),
             self._receive_results(streams, on_requeue),
@@ -137,10 +139,15 @@ class ReplicaLoop:
             task.result()
 
     async def _plan_when_woken(self, streams: EpochStreams, on_requeue: Callable[[], None]) -> None:
+        timer: asyncio.TimerHandle | None = None
         while True:
             await self._wake.wait()
             self._wake.clear()
             self._send_plans(streams, on_requeue)
+            if self.index in self._scheduler.idle_replicas:
+                if timer is not None:
+                    timer.cancel()
+                timer = asyncio.get_running_loop().call_later(_LOOK_AGAIN_S, self.wake)
 
     def _send_plans(self, streams: EpochStreams, on_requeue: Callable[[], None]) -> None:
         """While credits last and there is something to run. Does not block."""
@@ -170,6 +177,8 @@ class ReplicaLoop:
                 raise WorkerError(rank, self.group.addresses[rank], str(error)) from None
             sent = self._in_flight.popleft()
             self._send_plans(streams, on_requeue)  # first of all: a device may be waiting
+            if self._scheduler.idle_replicas:
+                on_requeue()
             self._publish(events, self.index)
             self._num_steps += 1
             self.trouble = None

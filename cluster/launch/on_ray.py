@@ -232,14 +232,16 @@ def has_gpus() -> bool:
 
 
 def _worker_needs(config: ServeConfig) -> tuple[dict[str, float], dict[str, str]]:
-    """The resources of one worker and its environment. Raises LaunchError when the cluster cannot hold them all."""
+    """The resources of one worker and its environment. Raises LaunchError when the cluster cannot hold those of the
+    start."""
     resources = ray.cluster_resources()
     num_workers = config.num_ranks * config.max_num_replicas
     num_gpus, num_cpus = int(resources.get("GPU", 0)), resources.get("CPU", 1.0)
     if config.device == "cuda" or (config.device == "auto" and num_gpus):
-        if num_gpus < num_workers:
+        num_needed = config.num_ranks * config.num_replicas_at_start  # nodes for more may come when they are asked for
+        if num_gpus < num_needed:
             raise LaunchError(
-                f"{num_workers} GPUs are needed and Ray has {num_gpus}; add nodes or lower the parallel sizes"
+                f"{num_needed} GPUs are needed and Ray has {num_gpus}; add nodes or lower the parallel sizes"
             )
         return {"CPU": 1.0, "GPU": 1.0}, {}
     num_nodes = len([node for node in ray.nodes() if node["Alive"]])

@@ -293,21 +293,36 @@ def test_two_ranks_a_lost_worker_and_no_tokenizer(folder: Path, llm: LLM) -> Non
 
 SCRIPT = """
 import os, sys
-from manta import LLM
+from manta import LLM, SamplingParams
 if __name__ == "__main__":
     llm = LLM(sys.argv[1], skip_tokenizer_init=True, device="cpu", kv_cache_memory_bytes="1MiB")
     children = open(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read().split()
-    print(len(llm.generate([[1, 2, 3]])), *children)
+    print(len(llm.generate([[1, 2, 3]])), *children, flush=True)
+    if sys.argv[2] == "endless":
+        llm.generate(([1 + i % 100] for i in range(10**9)), SamplingParams(ignore_eos=True), use_tqdm=False)
 """
 
 
-def test_workers_end_with_the_interpreter(folder: Path, tmp_path: Path) -> None:
+def test_workers_end_with_the_interpreter_and_with_ctrl_c(folder: Path, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    done = subprocess.run([sys.executable, str(script), str(folder)], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    num_outputs, *children = done.stdout.split()
-    assert num_outputs == "1"
-    assert children
-    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in children), 10.0, "the workers' end")
-    assert "Traceback" not in done.stderr
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    programs = {
+        how: subprocess.Popen([sys.executable, str(script), str(folder), how], **pipes) for how in ("ends", "endless")
+    }
+    try:
+        for how, program in programs.items():
+            assert program.stdout is not None
+            num_outputs, *children = program.stdout.readline().split()
+            assert num_outputs == "1"
+            assert children
+            if how == "endless":
+                os.killpg(program.pid, signal.SIGINT)  # to all processes, as a terminal sends it
+            _, stderr = program.communicate(timeout=60)
+            assert (program.returncode == 0) == (how == "ends"), stderr
+            assert ("Traceback" in stderr) == ("KeyboardInterrupt" in stderr) == (how == "endless"), stderr
+            wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in children), 10.0, "the workers' end")  # noqa: B023
+    finally:
+        for program in programs.values():
+            if program.poll() is None:
+                program.kill()

@@ -8,15 +8,15 @@ from typing import Any
 
 from manta.cluster.doors import patience
 from manta.cluster.doors.answer import AnswerPlan
-from manta.cluster.doors.chat import read_chat
+from manta.cluster.doors.chat import read_long_chat
 from manta.cluster.doors.errors import RequestError
 from manta.cluster.doors.exchange import Reply
+from manta.cluster.doors.responses.conversation import read_conversation
 from manta.cluster.doors.responses.drive import collect, run_in_background, send_log, stream
 from manta.cluster.doors.responses.events import EventLog
-from manta.cluster.doors.responses.items import Item, chat_messages, check_calls, read_input
 from manta.cluster.doors.responses.run import Run
 from manta.cluster.doors.responses.settings import Settings, read_settings, retold
-from manta.cluster.doors.responses.store import ResponseStore, Stored, Turn, packed
+from manta.cluster.doors.responses.store import ResponseStore, Stored, Turn
 from manta.cluster.doors.responses.truncation import fit_messages
 from manta.cluster.doors.service import Service
 from manta.cluster.doors.validate import Resolved, shown
@@ -74,19 +74,14 @@ class CreateResponse:
         if settings.is_background and not self._store.is_on:
             message = "background needs stored responses, which --max-stored-responses 0 turned off"
             raise RequestError(message, "background", "unsupported_parameter")
-        own = read_input(settings.given.get("input"))
         parent = None if settings.previous_id is None else self._parent(settings.previous_id)
-        before: list[Item] = [] if parent is None else parent.items()
-        items = before + own
-        if not items:
-            raise RequestError("input must hold at least one item", "input")
-        check_calls(items, len(before))
-        knows_developer = "developer" in (tokenizer.chat_template or "")
-        messages = chat_messages(items, settings.instructions, knows_developer)
+        given = settings.given.get("input")
+        conversation = await read_conversation(given, settings.instructions, parent, service.validator)
 
         async def resolve(messages: list[dict[str, Any]]) -> tuple[AnswerPlan, Resolved]:
             try:
-                ask, plan = read_chat(service, settings.chat | {"messages": messages}, dict(settings.sampling))
+                chat = settings.chat | {"messages": messages}
+                ask, plan = await read_long_chat(service, chat, dict(settings.sampling))
                 return plan, await service.validator.resolve(replace(ask, prompt_param="input"), response_id)
             except RequestError as error:
                 raise retold(error)
@@ -94,10 +89,10 @@ class CreateResponse:
         if settings.truncates:
             limits = service.validator.limits
             most = limits.max_model_len * tokenizer.max_token_characters
-            plan, resolved = await fit_messages(messages, most, resolve)
+            plan, resolved = await fit_messages(conversation.messages, most, resolve)
         else:
-            plan, resolved = await resolve(messages)
-        return _Asked(settings, Turn(packed(own), parent), resolved, plan)
+            plan, resolved = await resolve(conversation.messages)
+        return _Asked(settings, conversation.turn, resolved, plan)
 
     def _parent(self, previous_id: str) -> Turn:
         """What the conversation was before. Raises RequestError."""

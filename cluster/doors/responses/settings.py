@@ -138,6 +138,8 @@ def retold(error: RequestError) -> RequestError:
         ("response_format.json_schema", "text.format"),
         ("response_format", "text.format"),
         ("max_tokens", "max_output_tokens"),
+        ("these messages", "this input"),
+        ("messages do not fit", "the input does not fit"),
         ("messages", "input"),
     ):
         error.message = error.message.replace(ours, theirs)
@@ -173,7 +175,7 @@ def _sampling(given: dict[str, Any]) -> tuple[dict[str, Any], bool]:
     if not isinstance(include, list):
         raise RequestError(f"include must be a list of strings, not {shown(include)}", "include", "invalid_type")
     for each in include:
-        if each not in _INCLUDABLE:
+        if not isinstance(each, str) or each not in _INCLUDABLE:
             message = f"include must not hold {shown(each)}; possible are {', '.join(sorted(_INCLUDABLE))}"
             raise RequestError(message, "include")
     num_best = check_int(given.get("top_logprobs", 0), "top_logprobs", 0, MAX_LOGPROBS)

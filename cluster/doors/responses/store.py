@@ -114,8 +114,6 @@ class ResponseStore:
         tenant = self._tenants.setdefault(stored.tenant, _Tenant())
         tenant.running[stored.id] = stored
         self._hold(turn, tenant)
-        if turn.parent is not None:
-            turn.parent.num_holders += 1
         self._shrink()
         return stored
 
@@ -151,9 +149,13 @@ class ResponseStore:
         if not tenant.running and not tenant.ended:
             del self._tenants[stored.tenant]
 
-    def _hold(self, turn: Turn, tenant: _Tenant) -> None:
-        turn.num_holders += 1
-        self._count(tenant, turn.num_bytes)
+    def _hold(self, turn: Turn | None, tenant: _Tenant) -> None:
+        while turn is not None:
+            turn.num_holders += 1
+            if turn.num_holders > 1:
+                return
+            self._count(tenant, turn.num_bytes)
+            turn = turn.parent  # which may have been let go of since this turn was begun
 
     def _release(self, turn: Turn | None, tenant: _Tenant) -> None:
         while turn is not None:

@@ -1,6 +1,7 @@
 """Tools and thinking of the Messages API with the anthropic package, beside chat calls of the same conversation."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -222,6 +223,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"tools": [WEATHER | {"input_shema": {}}]}, "'input_schema'"),
     ({"tools": [WEATHER | {"defer_loading": True}]}, "defer_loading"),
     ({"tool_choice": {"type": "any"}}, "needs tools"),
+    ({"tool_choice": {"type": []}}, "tool_choice.type"),
+    ({"messages": [SUN] * 3000}, "3000 messages cannot fit"),
     ({"tools": [WEATHER], "tool_choice": "auto"}, "tool_choice.type"),
     ({"tools": [WEATHER], "tool_choice": {"type": "tool", "name": "g"}}, "not in tools"),
     ({"tools": [WEATHER], "tool_choice": {"type": "auto", "parallel": False}}, "parallel"),
@@ -265,3 +268,20 @@ def test_servers_without_the_flags_say_so(folder: Path) -> None:
             door.create(thinking=THINKS)
         door.say("<think>x</think>y")
         assert door.create(max_tokens=20).content[0].text == "xy"  # the tags are special tokens
+
+
+def test_the_example_of_the_document(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "messages.md").read_text()
+    (source,) = re.findall(r"```python\n(import anthropic.*?)```", page, re.DOTALL)
+    with DoorThread(FakeClient(), folder, max_model_len=4096, reasoning_parser="qwen3", **AUTO) as doors:
+        tokenizer = doors.service.validator.tokenizer
+        call = CALL.replace("Köln", "Bonn")
+        texts = [tokenizer.encode(text, add_special_tokens=False) for text in (THOUGHT + call, "It is sunny.")]
+
+        def model(request: Any) -> list[int]:
+            return texts["Bonn: sunny" in tokenizer.decode(list(request.prompt_token_ids))]
+
+        doors.client.model = model
+        source = source.replace("http://localhost:8000", doors.base_url).replace("Qwen/Qwen3-1.7B", "tiny")
+        exec(compile(source, "messages.md", "exec"), {})
+    assert capsys.readouterr().out == "It is sunny.\n"

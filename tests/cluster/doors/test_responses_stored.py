@@ -1,7 +1,9 @@
 """Responses that are kept: in the background, cancelled, followed later, deleted; and whose they are."""
 
 import asyncio
+import os
 import random
+import tempfile
 import threading
 import time
 import tracemalloc
@@ -16,6 +18,7 @@ import pytest
 
 from manta.cluster.doors.caller import Caller, set_caller
 from manta.cluster.doors.errors import RequestError
+from manta.cluster.doors.peers import PeerError, Peers
 from manta.cluster.doors.responses.store import ResponseStore, Stored, Turn, packed
 from tests.support.door_server import DoorThread
 from tests.support.fake_client import FakeClient
@@ -235,6 +238,27 @@ def test_frontends_pass_on_what_another_one_has(model_folder: Path) -> None:
     assert not _folder(first).exists()
 
 
+def test_sockets_of_processes_that_were_killed_are_removed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # names of sockets are short
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        killed = Peers()
+        killed.listen(8000).close()
+        path = Path(folder) / f"manta-{os.getuid()}" / "8000" / killed.name
+        alive, new = Peers(), Peers()
+        with alive.listen(8000), new.listen(8001):
+            assert not path.exists()
+            assert path.with_name(alive.name).exists()
+            assert new.socket_of(alive.name) is None  # of another port
+            new.close()
+            alive.close()
+        assert list((Path(folder) / f"manta-{os.getuid()}").iterdir()) == []
+        (Path(folder) / f"manta-{os.getuid()}").chmod(0o755)
+        with pytest.raises(PeerError, match="only this user can enter"):
+            Peers().listen(8000)
+
+
 def _folder(doors: DoorThread) -> Path:
     folder = doors.server._peers._folder
     assert folder is not None
@@ -332,6 +356,19 @@ def test_bytes_are_counted_as_long_as_a_conversation_needs_them() -> None:
     for one in known:
         store.remove(one)
     assert (store.num_bytes, len(store), store._tenants) == (0, 0, {})
+
+
+def test_a_turn_that_is_let_go_of_while_it_is_continued_is_counted_again() -> None:
+    store = ResponseStore(max_responses=10, max_bytes=10**6)
+    first = add(store, 0, "a", 500)
+    second = add(store, 1, "a", 500, first.turn)
+    store.remove(first)
+    store.remove(second)
+    assert store.num_bytes == 0
+    third = add(store, 2, "a", 500, second.turn)  # a call that was under way meanwhile
+    assert store.num_bytes == reachable_bytes(store) > first.turn.num_bytes + second.turn.num_bytes
+    store.remove(third)
+    assert store.num_bytes == 0
 
 
 def test_stored_responses_take_the_memory_that_is_counted() -> None:

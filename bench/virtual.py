@@ -1,0 +1,127 @@
+"""Replicas on a virtual clock: real schedulers, workers that only take time. Used by routing.py and fairness.py.
+
+A step takes `step_s + token_s * tokens`, one after the other per replica, two plans in flight; nothing else takes time.
+"""
+
+import heapq
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from manta.scheduler.scheduler import Scheduler
+from manta.scheduler.types import Events, Request, StepResult
+
+LOOK_AGAIN_S = 0.05  # as the engine does for a replica that has left a request to another one
+
+
+@dataclass(frozen=True, slots=True)
+class StepTime:
+    step_s: float = 0.005
+    token_s: float = 25e-6
+
+    def of(self, num_tokens: int) -> float:
+        return self.step_s + self.token_s * num_tokens
+
+
+@dataclass(slots=True)
+class Timeline:
+    """Of one request, in seconds of the virtual clock."""
+
+    arrival_s: float
+    first_token_s: float = float("nan")
+    end_s: float = float("nan")
+
+    @property
+    def ttft_s(self) -> float:
+        return self.first_token_s - self.arrival_s
+
+
+@dataclass(frozen=True, slots=True)
+class _Site:
+    """A replica of one of the schedulers."""
+
+    scheduler: Scheduler
+    replica: int
+
+
+@dataclass
+class VirtualCluster:
+    """`schedulers` have `num_replicas` replicas each; `bind` says which scheduler gets a request."""
+
+    schedulers: list[Scheduler]
+    num_replicas: int
+    bind: Callable[[Request], int]
+    time: StepTime
+    timelines: dict[int, Timeline] = field(default_factory=dict)
+    num_outstanding: list[int] = field(default_factory=list)  # requests, by scheduler
+    now_s: float = 0.0
+    busy_s: float = 0.0  # of all replicas
+
+    def __post_init__(self) -> None:
+        self._sites = [_Site(scheduler, i) for scheduler in self.schedulers for i in range(self.num_replicas)]
+        self._free_s = [0.0] * len(self._sites)
+        self._looks_again = [False] * len(self._sites)
+        self._home: dict[int, int] = {}  # request id -> scheduler
+        self._order = itertools.count()
+        self._events: list[tuple[float, int, Callable[[], None]]] = []
+        self.num_outstanding = [0] * len(self.schedulers)
+
+    def run(self, arrivals: list[tuple[float, Request]], until_s: float = float("inf")) -> None:
+        """Until all have ended, or the clock has reached `until_s`."""
+        for arrival_s, request in arrivals:
+            self._at(arrival_s, lambda request=request: self._arrive(request))  # type: ignore[misc]
+        while self._events and self._events[0][0] <= until_s:
+            self.now_s, _, act = heapq.heappop(self._events)
+            act()
+
+    def _at(self, time_s: float, act: Callable[[], None]) -> None:
+        heapq.heappush(self._events, (time_s, next(self._order), act))
+
+    def _arrive(self, request: Request) -> None:
+        self.timelines[request.id] = Timeline(self.now_s)
+        chosen = self.bind(request)
+        self._home[request.id] = chosen
+        self.num_outstanding[chosen] += 1
+        self.schedulers[chosen].add(request)
+        self._wake(chosen)
+
+    def _wake(self, chosen: int) -> None:
+        """The emptiest replica first, as the engine does."""
+        sites = range(chosen * self.num_replicas, (chosen + 1) * self.num_replicas)
+        for site in sorted(sites, key=lambda site: -self.schedulers[chosen].num_free_blocks(site % self.num_replicas)):
+            self._plan(site)
+
+    def _plan(self, index: int) -> None:
+        site = self._sites[index]
+        while (plan := site.scheduler.plan(site.replica)) is not None:
+            num_sampled = site.scheduler._replicas[site.replica].in_flight[-1].num_sampled
+            duration_s = self.time.of(plan.num_tokens)
+            self._free_s[index] = max(self.now_s, self._free_s[index]) + duration_s
+            self.busy_s += duration_s
+            result = StepResult(plan.epoch, plan.step, np.full(num_sampled, 3, np.int32))
+            self._at(self._free_s[index], lambda result=result: self._answer(index, result))  # type: ignore[misc]
+        if site.replica in site.scheduler.idle_replicas and not self._looks_again[index]:
+            self._looks_again[index] = True
+            self._at(self.now_s + LOOK_AGAIN_S, lambda: self._look_again(index))
+
+    def _look_again(self, index: int) -> None:
+        self._looks_again[index] = False
+        self._plan(index)
+
+    def _answer(self, index: int, result: StepResult) -> None:
+        site = self._sites[index]
+        self._hear(site.scheduler.apply(result, site.replica))
+        self._plan(index)
+        for other in site.scheduler.idle_replicas:
+            self._plan(index - site.replica + other)
+
+    def _hear(self, events: Events) -> None:
+        for request_id in events.request_ids.tolist():
+            timeline = self.timelines[request_id]
+            if timeline.first_token_s != timeline.first_token_s:
+                timeline.first_token_s = self.now_s
+        for finished in events.finished:
+            self.timelines[finished.request.id].end_s = self.now_s
+            self.num_outstanding[self._home.pop(finished.request.id)] -= 1
