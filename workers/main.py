@@ -25,7 +25,7 @@ def main() -> None:
     if args.parent_pid is not None:
         watch_parent(args.parent_pid, on_death=ended.set)
     try:
-        server = WorkerServer(args.host, args.port)  # must be held: gRPC stops a server nobody refers to
+        server = WorkerServer(args.host, args.port, ended.set)  # must be held: gRPC stops a server nobody refers to
         address = server.start()
     except (OSError, RuntimeError) as error:
         print(f"MANTA_ERROR worker cannot listen on {args.host}:{args.port}: {error}", flush=True)

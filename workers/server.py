@@ -2,11 +2,13 @@
 
 import importlib
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 
 from manta.protos.worker_pb2_grpc import add_WorkerServicer_to_server
+from manta.workers.lease import LEASE_S, Lease
 from manta.workers.service import WorkerService
 
 # A Run stream holds a thread for its whole life; the rest answer Describe while old streams are still ending.
@@ -36,10 +38,17 @@ class WorkerServer:
     Whoever holds it may call its methods from any thread: the work itself has its own.
     """
 
-    def __init__(self, host: str = "127.0.0.1", port: int = 0) -> None:
+    def __init__(
+        self,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        on_orphaned: Callable[[], None] | None = None,
+        lease_s: float = LEASE_S,
+    ) -> None:
+        """on_orphaned: called, on a thread, when no scheduler was heard for `lease_s` since the first."""
         self._host = host
         self._port = port
-        self._service = WorkerService(host)
+        self._service = WorkerService(host, Lease(on_orphaned or (lambda: None), lease_s))
         self._server = grpc.server(
             ThreadPoolExecutor(NUM_CALL_THREADS, thread_name_prefix="call"), options=SERVER_OPTIONS
         )

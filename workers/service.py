@@ -22,6 +22,7 @@ from manta.protos.worker_pb2_grpc import WorkerServicer
 from manta.workers.compute import ComputeThread
 from manta.workers.epochs import EpochGuard, RefusedPlanError
 from manta.workers.failures import OrderError, reason_of, status_of
+from manta.workers.lease import Lease
 from manta.workers.links import LinkServer
 
 if TYPE_CHECKING:  # torch takes a second to import; the service can be reached before
@@ -35,9 +36,10 @@ Answers = SimpleQueue[Callable[[], pb.StepResult] | None]  # each waits for its 
 
 
 class WorkerService(WorkerServicer):
-    """One rank behind its gRPC calls."""
+    """One rank behind its gRPC calls. These, and links, hold the lease, and end when the other side does."""
 
-    def __init__(self, host: str) -> None:
+    def __init__(self, host: str, lease: Lease) -> None:
+        self._lease = lease
         self._host = host
         self._compute = ComputeThread()
         self._lock = threading.Lock()  # guards what Describe and Load decide once
@@ -56,7 +58,7 @@ class WorkerService(WorkerServicer):
         from manta.workers.mesh import open_store
         from manta.workers.rank import device_name
 
-        with self._lock:
+        with self._lease.call(), self._lock:
             if request.open_rendezvous and self._store is None:
                 self._store = open_store()
             port = self._store[1] if self._store else 0
@@ -72,7 +74,8 @@ class WorkerService(WorkerServicer):
 
     def Load(self, request: pb.LoadRequest, context: grpc.ServicerContext) -> pb.LoadResponse:
         try:
-            loaded = self._load(request)
+            with self._lease.call():
+                loaded = self._load(request)
         except Exception as error:
             self._abort(context, error)
             raise
@@ -120,12 +123,14 @@ class WorkerService(WorkerServicer):
             raise OrderError("Run came before Start")
         answers: Answers = SimpleQueue()
         args = (runner, self._guard, plans, answers)
-        threading.Thread(target=self._read, args=args, name="plans", daemon=True).start()
-        while (answer := answers.get()) is not None:
-            yield answer()
+        with self._lease.call():
+            threading.Thread(target=self._read, args=args, name="plans", daemon=True).start()
+            while (answer := answers.get()) is not None:
+                yield answer()
 
     def close(self) -> None:
         """Ends the links, and the compute thread after what it is doing."""
+        self._lease.end()
         self._links.stop()
         self._compute.stop()
 

@@ -65,6 +65,7 @@ class ReplicaLoop:
         self.group = group
         self.metrics = metrics
         self.lost_reason: str | None = None
+        self.trouble: str | None = None  # why the last epoch ended, until a step comes back
         self._scheduler = scheduler
         self._publish = publish
         self._deadlines = deadlines
@@ -89,6 +90,7 @@ class ReplicaLoop:
                 await self._run_epoch(on_requeue)
             except WorkerError as error:
                 logger.warning("replica %d: epoch ended: %s", self.index, error)
+                self.trouble = str(error)
                 self._scheduler.close_replica(self.index)
                 self.metrics.failovers.value += 1
                 on_requeue()
@@ -179,6 +181,7 @@ class ReplicaLoop:
                 on_requeue()
             self._publish(events, self.index)
             self._num_steps += 1
+            self.trouble = None
             self._last_reply_s = received_s
             self._unsettled.append(_DoneStep(sent, reply, received_s, time.thread_time() - cpu_start_s))
             if len(self._unsettled) >= _MAX_UNSETTLED:

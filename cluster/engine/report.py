@@ -50,7 +50,7 @@ class Reporter:
     def load(self, draining: bool) -> pb.LoadResponse:
         replicas = [self._load_of(loop) for loop in self._loops]
         lost = [f"replica {index}: {each.detail}" for index, each in enumerate(replicas) if each.detail]
-        is_served = any(each.state == pb.ReplicaLoad.SERVING for each in replicas)
+        is_served = any(each.state == pb.ReplicaLoad.SERVING and not each.detail for each in replicas)
         num_blocks = sum(each.num_blocks for each in replicas)
         num_free = sum(each.num_free_blocks for each in replicas)
         return pb.LoadResponse(
@@ -80,7 +80,9 @@ class Reporter:
             return pb.ReplicaLoad(state=pb.ReplicaLoad.ABSENT)
         if loop.lost_reason is not None:
             return pb.ReplicaLoad(state=pb.ReplicaLoad.LOST, detail=loop.lost_reason)
+        has_work = self._scheduler.num_running or self._scheduler.num_waiting
         return pb.ReplicaLoad(
+            detail=loop.trouble if loop.trouble and has_work else "",  # work waits, and no step has come back since
             num_free_blocks=self._scheduler.num_free_blocks(loop.index),
             num_blocks=self._deployment.capacities[loop.index].num_blocks,
             num_running=self._scheduler.num_resident(loop.index),

@@ -77,6 +77,8 @@ def describe_rpc_error(error: grpc.aio.AioRpcError) -> str:
     match error.code():
         case grpc.StatusCode.UNAVAILABLE:
             return f"the process does not answer ({first_line.rsplit(': ', 1)[-1] or 'connection lost'})"
+        case grpc.StatusCode.CANCELLED:  # by the other side: a server that ends
+            return "the process does not answer (it has ended the call)"
         case grpc.StatusCode.DEADLINE_EXCEEDED:
             return "the process did not answer in time"
         case grpc.StatusCode.UNKNOWN:  # an exception in the worker; gRPC puts its own words before the message

@@ -1,6 +1,7 @@
 """What the Ray actors hold: the same servers that plain processes run. `on_ray` turns these classes into actors."""
 
 import asyncio
+import os
 import threading
 
 import ray
@@ -13,7 +14,8 @@ class WorkerActor:
         """Opens the gRPC server and returns its address."""
         from manta.workers.server import WorkerServer
 
-        self._server = WorkerServer(host=ray.util.get_node_ip_address())
+        # An actor whose raylet has died may live on, with its device.
+        self._server = WorkerServer(ray.util.get_node_ip_address(), on_orphaned=lambda: os._exit(1))
         address: str = self._server.start()
         return address
 

@@ -279,3 +279,24 @@ def test_a_client_does_not_wait_for_ever() -> None:
             await client.close()
 
     run(test())
+
+
+def test_a_replica_that_makes_no_progress_is_not_healthy() -> None:
+    """Until a step comes back; a long step is no reason."""
+
+    async def test() -> None:
+        async with fake_deployment(replaces_workers=True) as deployment:
+            worker, engine = deployment.workers[0][0], deployment.engine
+            worker.stalled = True
+            running = asyncio.create_task(collect(deployment.client.generate(request([1], 50))))
+            await until(lambda: worker._num_queued > 0, "a step is under way")
+            assert engine.load().healthy
+            await until(lambda: not engine.load().healthy, "its deadline is over")
+            assert "has not come back within" in engine.load().detail
+            worker.stalled = False
+            if engine.load().replicas[0].state == pb.ReplicaLoad.LOST:
+                await deployment.replace(0)
+            assert (await running)[0] == fake_tokens([1], 50, seed=0)
+            assert engine.load().healthy
+
+    run(test())
