@@ -54,9 +54,10 @@ def storage_error(folder: Path, error: OSError | sqlite3.Error) -> StorageError:
 
 
 def open_folder(folder: Path) -> None:
-    """Makes the folder and looks whether files can be written there. Raises StorageError."""
+    """Makes the folder, for this user alone, and looks whether files can be written there. Raises StorageError."""
     try:
-        (folder / "files").mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        (folder / "files").mkdir(exist_ok=True)
         probe = folder / f".probe-{os.getpid()}"
         probe.write_bytes(b"-")
         probe.unlink()

@@ -126,26 +126,29 @@ class Runner:
             logger.exception("line %d of batch %s failed", line.number, batch.id)
             message = "the server failed at this line; its log has the details"
             result = Result(line.number, False, error_line(line.custom_id, "internal_error", message))
-        finally:
-            self._gate.leave(place)
         await results.save(result)
         unsaved.release()
 
     async def _result(self, batch: BatchRecord, line: Line, place: Place) -> Result:
-        """Tries again while the server is busy."""
-        data = await asyncio.to_thread(_read, self._path(batch), line)
-        request = read_line(data, line.number, batch.endpoint)
-        place.num_sequences = num_sequences(request)
-        body, pause_s, num_failures = orjson.dumps(request.body), FIRST_PAUSE_S, 0
-        request_id = f"{batch.id}-{line.number}"
-        current_place.set(place)
-        while True:
-            status, answer = await self._call(request.url, body, batch.tenant, request_id)
-            num_failures += status == 500
-            if status not in _BUSY and (status != 500 or num_failures == MAX_FAILURES):
-                return Result(line.number, status < 400, answer_line(request, status, answer, request_id))
-            await asyncio.sleep(pause_s)
-            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+        """Gives the place back. Tries again while the server is busy, with places of its own."""
+        request_id, pause_s, num_failures = f"{batch.id}-{line.number}", FIRST_PAUSE_S, 0
+        try:
+            data = await asyncio.to_thread(_read, self._path(batch), line)
+            request = read_line(data, line.number, batch.endpoint)
+            body = orjson.dumps(request.body)
+            place.num_sequences = num_sequences(request)
+            while True:
+                current_place.set(place)
+                status, answer = await self._call(request.url, body, batch.tenant, request_id)
+                num_failures += status == 500
+                if status not in _BUSY and (status != 500 or num_failures == MAX_FAILURES):
+                    return Result(line.number, status < 400, answer_line(request, status, answer, request_id))
+                self._gate.leave(place)
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+                place = await self._gate.enter(place.num_sequences)
+        finally:
+            self._gate.leave(place)
 
     def _path(self, batch: BatchRecord) -> Path:
         return content_path(self._store.folder, batch.input_file)

@@ -74,6 +74,7 @@ def _opened(args: argparse.Namespace) -> Iterator[tuple[IO[bytes], int, IO[bytes
 def _private_config(config: ServeConfig) -> ServeConfig:
     """A deployment that nobody else can reach."""
     private = {"host": "127.0.0.1", "port": 0, "grpc_port": 0, "distributed_executor_backend": "local"}
+    private["batch_dir"] = None  # its batches are those of another deployment
     return with_absolute_paths(config.model_copy(update=private))
 
 
