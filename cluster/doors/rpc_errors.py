@@ -6,7 +6,6 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any, NoReturn, TypeVar
 
-import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
@@ -111,8 +110,6 @@ def streamed(
             await end_slow_call(context)
         except (RequestError, EngineError) as error:
             await fail(context, error)
-        except grpc.RpcError:
-            raise  # the client has gone
         except Exception as error:
             logger.exception("%s failed", method.__name__)
             await fail(context, internal(error))

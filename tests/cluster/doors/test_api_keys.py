@@ -101,6 +101,8 @@ def test_each_key_opens_both_doors(locked: DoorThread, stub: pb_grpc.InferenceSt
     lower = (("authorization", f"bearer {key}"),)
     assert list(stub.Generate(pb.GenerateRequest(text="x"), metadata=lower))[-1].finish_reason
     assert locked.client.submitted[-1].tenant == over_http
+    list(stub.Chat(pb.ChatRequest(messages=[{"role": "user", "content": "x"}]), metadata=lower))
+    assert locked.client.submitted[-1].tenant == over_http
     expected = {"sk-alice": "alice", "sk-alice-next": "alice", "sk-bob": "bob"}
     assert over_http == expected.get(key, f"key-{sha(key)[7:15]}")
 
