@@ -5,13 +5,14 @@ A step takes `step_s + token_s * tokens`, one after the other per replica, two p
 
 import heapq
 import itertools
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from manta.scheduler.scheduler import Scheduler
-from manta.scheduler.types import Events, Request, StepResult
+from manta.scheduler.types import Events, QueueFullError, Request, StepPlan, StepResult
 
 LOOK_AGAIN_S = 0.05  # as the engine does for a replica that has left a request to another one
 
@@ -32,6 +33,7 @@ class Timeline:
     arrival_s: float
     first_token_s: float = float("nan")
     end_s: float = float("nan")
+    is_refused: bool = False  # the queue was full
 
     @property
     def ttft_s(self) -> float:
@@ -53,11 +55,12 @@ class VirtualCluster:
     schedulers: list[Scheduler]
     num_replicas: int
     bind: Callable[[Request], int]
-    time: StepTime
+    step_time: StepTime
     timelines: dict[int, Timeline] = field(default_factory=dict)
     num_outstanding: list[int] = field(default_factory=list)  # requests, by scheduler
     now_s: float = 0.0
-    busy_s: float = 0.0  # of all replicas
+    plan_s: float = 0.0  # real time that plans took
+    num_steps: int = 0
 
     def __post_init__(self) -> None:
         self._sites = [_Site(scheduler, i) for scheduler in self.schedulers for i in range(self.num_replicas)]
@@ -82,9 +85,13 @@ class VirtualCluster:
     def _arrive(self, request: Request) -> None:
         self.timelines[request.id] = Timeline(self.now_s)
         chosen = self.bind(request)
+        try:
+            self.schedulers[chosen].add(request)
+        except QueueFullError:
+            self.timelines[request.id].is_refused = True
+            return
         self._home[request.id] = chosen
         self.num_outstanding[chosen] += 1
-        self.schedulers[chosen].add(request)
         self._wake(chosen)
 
     def _wake(self, chosen: int) -> None:
@@ -95,16 +102,21 @@ class VirtualCluster:
 
     def _plan(self, index: int) -> None:
         site = self._sites[index]
-        while (plan := site.scheduler.plan(site.replica)) is not None:
+        while (plan := self._timed_plan(site)) is not None:
             num_sampled = site.scheduler._replicas[site.replica].in_flight[-1].num_sampled
-            duration_s = self.time.of(plan.num_tokens)
-            self._free_s[index] = max(self.now_s, self._free_s[index]) + duration_s
-            self.busy_s += duration_s
+            self._free_s[index] = max(self.now_s, self._free_s[index]) + self.step_time.of(plan.num_tokens)
             result = StepResult(plan.epoch, plan.step, np.full(num_sampled, 3, np.int32))
             self._at(self._free_s[index], lambda result=result: self._answer(index, result))  # type: ignore[misc]
         if site.replica in site.scheduler.idle_replicas and not self._looks_again[index]:
             self._looks_again[index] = True
             self._at(self.now_s + LOOK_AGAIN_S, lambda: self._look_again(index))
+
+    def _timed_plan(self, site: _Site) -> StepPlan | None:
+        begin_s = time.perf_counter()
+        plan = site.scheduler.plan(site.replica)
+        self.plan_s += time.perf_counter() - begin_s
+        self.num_steps += plan is not None
+        return plan
 
     def _look_again(self, index: int) -> None:
         self._looks_again[index] = False

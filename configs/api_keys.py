@@ -9,8 +9,8 @@ KEY_VARIABLE = "MANTA_API_KEY"  # of the environment of `manta serve`: one key, 
 HASHES_VARIABLE = "MANTA_API_KEY_HASHES"  # of the environment of frontend processes: hashes with commas between
 MAX_KEY_CHARACTERS = 512
 _HASH = re.compile(r"sha256:[0-9a-f]{64}")
-_TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_TENANT_FORM = "letters, digits, dots, dashes and underscores, 64 at most"
+TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+TENANT_FORM = "letters, digits, dots, dashes and underscores, 64 at most"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +67,8 @@ def _read_key(text: str) -> TenantKey:
     tenant, colon, key = text.partition(":")
     if not colon or _HASH.fullmatch(text):
         return _unnamed(hash_key(text))
-    if not _TENANT.fullmatch(tenant):
-        raise ValueError(f"the tenant before the colon must be of {_TENANT_FORM}")
+    if not TENANT.fullmatch(tenant):
+        raise ValueError(f"the tenant before the colon must be of {TENANT_FORM}")
     return TenantKey(tenant, _digest(hash_key(key.strip())))
 
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, model_validator
 
 from manta.configs.api_keys import hash_keys
+from manta.configs.tenant_weights import normal_weights
 
 DTypeChoice = Literal["auto", "bfloat16", "float16", "float32"]
 KVCacheDType = Literal["auto", "fp8", "fp8_e4m3"]
@@ -101,8 +102,11 @@ class ServeConfig(BaseModel):
     max_num_seqs: int = option(256, "Scheduler", "sequences that run at once, per replica", ge=1, le=65536)
     max_num_batched_tokens: int = option(2048, "Scheduler", "tokens computed in one step, per replica", ge=1)
     enable_chunked_prefill: bool = option(True, "Scheduler", "let a long prompt take several steps")
-    scheduling_policy: Literal["fcfs", "priority"] = option(
-        "fcfs", "Scheduler", "order of the queue; priority: lower value first"
+    scheduling_policy: Literal["fcfs", "priority", "fair"] = option(
+        "fcfs", "Scheduler", "order of the queue; priority: lower value first; fair: the tenant that was served least"
+    )
+    tenant_weights: Annotated[str, BeforeValidator(normal_weights)] = option(
+        "", "Scheduler", "with fair: shares of tenants, as a=2,b=1 or JSON; 1 for those not named"
     )
     max_num_queued_reqs: int = option(4096, "Scheduler", "requests that may wait; one more gets 503", ge=1)
     max_num_queued_tokens: int | None = option(
@@ -177,6 +181,8 @@ class ServeConfig(BaseModel):
         self._check_replicas()
         self._check_kernels()
         self._check_tls()
+        if self.tenant_weights and self.scheduling_policy != "fair":
+            raise ValueError("tenant_weights are for scheduling_policy=fair")
         if self.port and self.port == self.grpc_port:
             raise ValueError(f"port and grpc_port are both {self.port}; they must differ")
         return self

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from manta.scheduler.block_pool import BlockPool
+from manta.scheduler.fair_queue import FairQueue
 from manta.scheduler.group import Group
 from manta.scheduler.lane import Lane
 from manta.scheduler.placement import Placement
@@ -30,6 +31,9 @@ def check_replica(replica: Replica) -> None:
     stop_ids = (token for sequence in residents for token in sequence.request.stop_token_ids)
     assert replica.stops.agrees_with(stop_ids), "the stop table is not that of the resident sequences"
     for sequence in residents:
+        if replica.meter is not None:
+            number = replica.meter.number(sequence.request.tenant)
+            assert replica.tenants[sequence.slot] == number, f"slot {sequence.slot} is charged to another tenant"
         _check_table(replica, sequence)
         _check_hashes(replica, sequence)
     for lane in replica.lanes:
@@ -84,6 +88,8 @@ def check_waiting(queue: WaitingQueue) -> None:
         assert sequence.slot == -1, f"{name} has a slot"
         assert not sequence.blocks, f"{name} has blocks"
     num_tokens = sum(len(sequence.tokens) for sequence in queue)
+    if isinstance(queue, FairQueue):
+        queue.check()
     assert queue.num_tokens == num_tokens, f"{num_tokens} tokens are waiting, the queue counts {queue.num_tokens}"
 
 

@@ -59,6 +59,8 @@ def _apply_decodes(replica: Replica, step: InFlightStep, tokens: Tokens, events:
         rows, tokens = rows.select(kept), tokens[kept]
     slots, lengths = rows.slots, rows.offsets + step.clock
     replica.slots.put(slots, lengths, tokens)
+    if replica.meter is not None:
+        replica.meter.charge_rows(replica.tenants[slots])
     events.request_ids, events.tokens = rows.request_ids, tokens
     for index in replica.stops.candidates(tokens):
         _stop_at(replica, step, int(slots[index]), int(tokens[index]), int(lengths[index]) + 1, events)

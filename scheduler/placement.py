@@ -17,7 +17,7 @@ from manta.scheduler.waiting import WaitingQueue
 
 MAX_PASSED = 8  # requests in one plan that others behind them may overtake
 _STEP_SHARE = 16  # a step without prompts takes about as long as such a share of its token budget
-_HELD_SHARE = 8  # so many tokens that running sequences hold weigh as much as one to compute
+_HELD_SHARE = 32  # so many tokens that running sequences hold weigh as much as one to compute
 
 
 class Placement:

@@ -96,6 +96,7 @@ class Planner:
                 return budget - left, False
             replica.followers.remove(sequence)
             left -= draft.prefills[sequence.slot].num_tokens
+            self._charge(sequence, 0)
             if not sequence.started:
                 sequence.started = True
                 self._events.started.append(Started(sequence.request, 0, is_follower=True))
@@ -127,12 +128,19 @@ class Planner:
             self._queue.remove(sequence)
             sequence.passed_at.clear()
             budget -= draft.prefills[sequence.slot].num_tokens
+            self._charge(sequence, 0 if sequence.started else len(sequence.tokens) - num_cached)
             if not sequence.started:
                 sequence.started = True
                 self._tell_started(sequence, num_cached)
                 if self._replica.enable_prefix_caching:
                     self._counters.num_prefix_queries += len(sequence.tokens)
                     self._counters.num_prefix_hits += num_cached
+
+    def _charge(self, sequence: Sequence, num_input: int) -> None:
+        """Its tenant, for tokens of its prompt and for the one of output that follows."""
+        meter = self._replica.meter
+        if meter is not None:
+            meter.charge(sequence.request.tenant, num_input, int(sequence.request.pooling is None))
 
     def _tell_started(self, sequence: Sequence, num_cached: int) -> None:
         if not isinstance(sequence.group, BeamGroup):

@@ -5,6 +5,8 @@ Sequences come in by `enter` and go out by `leave`, nowhere else. The planner an
 
 from collections import deque
 
+import numpy as np
+
 from manta.scheduler.block_pool import BlockPool
 from manta.scheduler.in_flight import InFlightStep
 from manta.scheduler.lane import Lane
@@ -14,6 +16,7 @@ from manta.scheduler.prefix import PrefixHasher
 from manta.scheduler.sequence import Sequence, Status
 from manta.scheduler.slots import SlotTable
 from manta.scheduler.stops import StopTable
+from manta.scheduler.tenants import TenantMeter
 from manta.scheduler.types import Capacity, StepResult, WrongResultError
 
 _PUBLISH_STRIDE = 64
@@ -22,13 +25,23 @@ HASH_STRIDE = 128  # blocks hashed at a time where nobody knows yet how many wil
 
 class Replica:
     def __init__(
-        self, index: int, capacity: Capacity, hasher: PrefixHasher, *, enable_prefix_caching: bool, use_priority: bool
+        self,
+        index: int,
+        capacity: Capacity,
+        hasher: PrefixHasher,
+        *,
+        enable_prefix_caching: bool,
+        use_priority: bool,
+        meter: TenantMeter | None = None,
     ) -> None:
+        """meter: charged for tokens of output, if there is one."""
         self.index = index
         self.capacity = capacity
         self.hasher = hasher
         self.enable_prefix_caching = enable_prefix_caching
         self.use_priority = use_priority
+        self.meter = meter
+        self.tenants = np.zeros(capacity.max_num_seqs, np.intp)  # by slot: the meter's number
         self.epoch = 0
         self.num_admitted = 0
         self.clear()
@@ -62,6 +75,8 @@ class Replica:
             sequence.rank = (sequence.request.priority if self.use_priority else 0, self.num_admitted)
             self.num_admitted += 1
         self.residents[sequence.slot] = sequence
+        if self.meter is not None:
+            self.tenants[sequence.slot] = self.meter.number(sequence.request.tenant)
         self.stops.add(sequence.request.stop_token_ids)
         self.num_asking += sequence.request.asks_logprobs
         lane.join(sequence)

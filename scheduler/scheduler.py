@@ -2,11 +2,13 @@
 `apply` takes their answer. Synchronous and deterministic; no clock, no I/O.
 """
 
+from collections.abc import Mapping
 from itertools import islice
 from typing import Literal
 
 from manta.scheduler.admission import check_beams_fit, check_capacities, check_fits
 from manta.scheduler.beam_search import BeamParams
+from manta.scheduler.fair_queue import FairQueue
 from manta.scheduler.group import BeamGroup, Group, listening
 from manta.scheduler.grouping import leaders_of, samples_of, search_of
 from manta.scheduler.integrity import check_groups, check_placement, check_replica, check_waiting
@@ -17,6 +19,7 @@ from manta.scheduler.prefix import PrefixHasher
 from manta.scheduler.replica import Replica
 from manta.scheduler.sequence import Sequence, Status
 from manta.scheduler.snapshot import Snapshot, take_snapshot
+from manta.scheduler.tenants import TenantMeter
 from manta.scheduler.types import (
     Capacity,
     Counters,
@@ -29,6 +32,8 @@ from manta.scheduler.types import (
 )
 from manta.scheduler.waiting import FcfsQueue, PriorityQueue, WaitingQueue
 
+Policy = Literal["fcfs", "priority", "fair"]
+
 _NO_EVENTS = Events()
 _NUM_LOOKED_AT = 64  # sequences that a lost replica had are in front
 
@@ -38,14 +43,15 @@ class Scheduler:
     What the outside must hear of is in the Events of `apply` and `abort`; whatever `add` and `plan` bring about comes
     with the next of these, or at once with `take_events`.
 
-    Raises ValueError for capacities that cannot work.
+    Raises ValueError for capacities or weights that cannot work.
     """
 
     def __init__(
         self,
         replicas: list[Capacity],
         *,
-        policy: Literal["fcfs", "priority"] = "fcfs",
+        policy: Policy = "fcfs",
+        tenant_weights: Mapping[str, float] | None = None,
         enable_prefix_caching: bool = True,
         enable_chunked_prefill: bool = True,
         max_num_queued_reqs: int = 4096,
@@ -62,11 +68,19 @@ class Scheduler:
         self._sequences: dict[int, Sequence] = {}  # by request id, waiting or resident; without beams
         self._searches: dict[int, BeamGroup] = {}  # by request id
         self._groups: dict[Group, None] = {}
-        self._queue: WaitingQueue = PriorityQueue() if policy == "priority" else FcfsQueue()
+        meter = TenantMeter(tenant_weights or {}) if policy == "fair" else None
+        self._queue = _queue_of(policy, meter)
         self._events = Events()
         hasher = PrefixHasher(self._max_model_len if enable_prefix_caching else 0, replicas[0].block_size)
         self._replicas = [
-            Replica(i, capacity, hasher, enable_prefix_caching=enable_prefix_caching, use_priority=policy == "priority")
+            Replica(
+                i,
+                capacity,
+                hasher,
+                enable_prefix_caching=enable_prefix_caching,
+                use_priority=policy == "priority",
+                meter=meter,
+            )
             for i, capacity in enumerate(replicas)
         ]
         self._placement = Placement(self._replicas, self._queue) if len(replicas) > 1 else None
@@ -84,11 +98,10 @@ class Scheduler:
         self._check_ids([request])
         check_fits(request, self._capacities, self._enable_chunked_prefill)
         sequence = Sequence.of(request, self._num_arrived, self._max_model_len)
-        num_tokens = len(sequence.tokens)
         if len(request.output) and self._is_over(sequence):
             return
         if not resubmitted:
-            self._check_queue(num_tokens)
+            self._check_queue(request)
         self._num_arrived += 1
         self._sequences[request.id] = sequence
         self._queue.push(sequence)
@@ -98,7 +111,7 @@ class Scheduler:
         share its blocks. They differ in id and sampling. All of them are taken, or none."""
         self._check_ids(requests)
         check_fits(requests[0], self._capacities, self._enable_chunked_prefill)
-        self._check_queue(len(requests[0].prompt))
+        self._check_queue(requests[0])
         group = samples_of(requests, self._num_arrived, self._max_model_len)
         self._num_arrived += len(requests)
         self._sequences |= {sequence.request.id: sequence for sequence in group.members}
@@ -118,7 +131,7 @@ class Scheduler:
         first = requests[0]
         check_beams_fit(first, params.width, self._capacities, self._enable_chunked_prefill)
         if not resubmitted:
-            self._check_queue(len(first.prompt))
+            self._check_queue(first)
         group = search_of(requests, params, self._num_arrived, self._max_model_len)
         self._num_arrived += 1
         self._searches |= dict.fromkeys((request.id for request in requests), group)
@@ -309,13 +322,18 @@ class Scheduler:
     def num_free_blocks(self, replica: int = 0) -> int:
         return self._replicas[replica].pool.num_free
 
-    def _check_queue(self, num_tokens: int) -> None:
+    def _check_queue(self, request: Request) -> None:
+        """A full queue still takes from a tenant what is within its share."""
         num_waiting, num_waiting_tokens = len(self._queue), self._queue.num_tokens
-        if num_waiting >= self._max_num_queued_reqs:
+        num_tokens = len(request.prompt) + len(request.output)
+        num_own, num_own_tokens, num_tenants = self._queue.share_of(request.tenant)
+        if num_waiting >= self._max_num_queued_reqs and num_own * num_tenants >= self._max_num_queued_reqs:
             raise QueueFullError(f"{num_waiting} requests are waiting, the queue holds {self._max_num_queued_reqs}")
         limit = self._max_num_queued_tokens
+        if limit is None or num_waiting_tokens + num_tokens <= limit:
+            return
         # A prompt above the limit is taken when it is alone: later would be no better.
-        if limit is not None and num_waiting and num_waiting_tokens + num_tokens > limit:
+        if num_own and (num_own_tokens + num_tokens) * num_tenants > limit:
             raise QueueFullError(
                 f"{num_waiting_tokens} tokens are waiting and the prompt has {num_tokens}, the queue holds {limit}"
             )
@@ -330,3 +348,9 @@ class Scheduler:
         end = Finished(sequence.request, "stop", last, num_output_tokens)
         self._events.finished.append(end if stopped else Finished(sequence.request, "length", None, num_output_tokens))
         return True
+
+
+def _queue_of(policy: Policy, meter: TenantMeter | None) -> WaitingQueue:
+    if meter is not None:
+        return FairQueue(meter)
+    return PriorityQueue() if policy == "priority" else FcfsQueue()

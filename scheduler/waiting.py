@@ -18,6 +18,9 @@ class WaitingQueue(Protocol):
     def push(self, sequence: Sequence) -> None: ...
     def push_front(self, sequence: Sequence) -> None: ...
     def remove(self, sequence: Sequence) -> None: ...
+    def share_of(self, tenant: str) -> tuple[int, int, int]:
+        """What limits of the queue count for a request of that tenant: requests, tokens, and how many tenants share."""
+        ...
 
 
 class FcfsQueue:
@@ -39,6 +42,9 @@ class FcfsQueue:
     def first(self, passed: Container[Sequence]) -> Sequence | None:
         """The first that is not among those passed over."""
         return next((sequence for sequence in self if sequence not in passed), None)
+
+    def share_of(self, tenant: str) -> tuple[int, int, int]:
+        return len(self), self.num_tokens, 1
 
     def push(self, sequence: Sequence) -> None:
         self._sequences[sequence.request.id] = sequence
@@ -74,6 +80,9 @@ class PriorityQueue:
     def first(self, passed: Container[Sequence]) -> Sequence | None:
         """The first that is not among those passed over."""
         return next((sequence for sequence in self if sequence not in passed), None)
+
+    def share_of(self, tenant: str) -> tuple[int, int, int]:
+        return len(self), self.num_tokens, 1
 
     def push(self, sequence: Sequence) -> None:
         key = (sequence.request.priority, sequence.arrival)

@@ -18,6 +18,7 @@ from manta.cluster.engine.revival import replace_workers
 from manta.cluster.engine.workers import WorkerError, WorkerGroup
 from manta.configs.model import ModelSpec
 from manta.configs.schema import ServeConfig
+from manta.configs.tenant_weights import read_weights
 from manta.protos import engine_pb2 as pb
 from manta.scheduler.scheduler import Scheduler
 from manta.scheduler.types import QueueFullError
@@ -49,6 +50,7 @@ class Engine:
         self.scheduler = Scheduler(
             deployment.capacities,
             policy=config.scheduling_policy,
+            tenant_weights=read_weights(config.tenant_weights),
             enable_prefix_caching=config.enable_prefix_caching,
             enable_chunked_prefill=config.enable_chunked_prefill,
             max_num_queued_reqs=config.max_num_queued_reqs,

@@ -37,7 +37,7 @@ def capacities(draw: st.DrawFn, block_size: int) -> Capacity:
 @st.composite
 def options(draw: st.DrawFn) -> dict[str, Any]:
     return {
-        "policy": draw(st.sampled_from(["fcfs", "priority"])),
+        "policy": draw(st.sampled_from(["fcfs", "priority", "fair"])),
         "enable_prefix_caching": draw(st.booleans()),
         "enable_chunked_prefill": draw(st.booleans()),
     }
@@ -59,6 +59,7 @@ def adds(draw: st.DrawFn) -> Add:
         "stop_token_ids": draw(st.frozensets(st.integers(0, VOCAB_SIZE - 1), max_size=3)),
         "min_tokens": draw(st.integers(0, 3)),
         "priority": draw(st.integers(0, 2)),
+        "tenant": draw(st.sampled_from(["", "a", "b"])),
     }
     kind = draw(st.sampled_from([None, None, None, "last", "mean"]))
     if kind is not None:
@@ -71,22 +72,26 @@ OPERATIONS = st.one_of(
     adds(),
     st.sampled_from(["send", "send", "deliver"]),
     st.sampled_from(["send", "deliver"]),
-    st.sampled_from(["send", "deliver", "send", "deliver", "send", "deliver", "abort", "reset"]),
+    st.sampled_from(["send", "deliver", "send", "deliver", "send", "deliver", "abort", "reset", "close", "open"]),
 )
 
 
 @settings(max_examples=200, deadline=None)
 @given(
-    st.integers(1, 5).flatmap(lambda block_size: st.lists(capacities(block_size), min_size=1, max_size=2)),
+    st.integers(1, 5).flatmap(lambda block_size: st.lists(capacities(block_size), min_size=1, max_size=3)),
     options(),
     st.lists(st.tuples(OPERATIONS, st.integers(0, 1000)), min_size=10, max_size=100),
+    st.sampled_from(["all", "one is left", "one is planned"]),
+    st.integers(0, 2),
 )
 def test_everyone_gets_what_it_would_have_got_alone(
-    replicas: list[Capacity], options: dict[str, Any], operations: list[tuple[Add | str, int]]
+    replicas: list[Capacity], options: dict[str, Any], operations: list[tuple[Add | str, int]], end: str, choice: int
 ) -> None:
+    """Replicas plan in any order, are lost and come back. In the end one may be the only one, or the only one that
+    anybody plans although the others look better."""
     deployment = Deployment(*replicas, **options)
-    for id, (operation, choice) in enumerate(operations):
-        replica = choice % len(replicas)
+    for id, (operation, number) in enumerate(operations):
+        replica = number % len(replicas)
         match operation:
             case Add(prompt, fields):
                 try:
@@ -98,10 +103,24 @@ def test_everyone_gets_what_it_would_have_got_alone(
             case "deliver":
                 deployment.deliver(replica)
             case "abort":
-                deployment.abort(choice % (id + 1))
+                deployment.abort(number % (id + 1))
             case "reset":
                 deployment.reset(replica)
-    deployment.run()
+            case "close":
+                deployment.close(replica)
+            case "open":
+                deployment.scheduler.open_replica(replica)
+    last = choice % len(replicas)
+    deployment.scheduler.open_replica(last)
+    if end == "all":
+        deployment.run()
+    else:
+        for replica in range(len(replicas)):
+            if replica != last:
+                deployment.close(replica)
+                if end == "one is planned":
+                    deployment.scheduler.open_replica(replica)
+        deployment.run([last])
     deployment.assert_all_as_alone()
 
 

@@ -113,10 +113,17 @@ class Deployment:
             self._hear(self.scheduler.apply(late.deliver(), replica))
             self.scheduler.check()
 
-    def run(self) -> None:
-        """Until everything has ended and every answer is in, as many plans in flight as allowed."""
+    def close(self, replica: int) -> None:
+        """As `reset`, and nobody will plan the replica until it is opened."""
+        self.reset(replica)
+        self.scheduler.close_replica(replica)
+        self.scheduler.check()
+
+    def run(self, replicas: Sequence[int] | None = None) -> None:
+        """Until everything has ended and every answer is in, as many plans in flight as allowed; only those `replicas`
+        are planned, if they are given."""
         for _ in range(100_000):
-            for replica in range(len(self.workers)):
+            for replica in range(len(self.workers)) if replicas is None else replicas:
                 while self.send(replica) is not None:
                     pass
                 self.deliver(replica)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from manta.cluster.cli.flags import UsageError, parse_serve_config
 from manta.cluster.cli.main import main
 from manta.configs.schema import ServeConfig
+from manta.configs.tenant_weights import read_weights
 
 
 def test_every_field_has_a_flag_a_group_and_a_default_in_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -47,6 +48,13 @@ def test_config_survives_the_wire(max_num_seqs: int, seed: int, utilization: flo
     assert ServeConfig.model_validate_json(config.model_dump_json()) == config
 
 
+@pytest.mark.parametrize("text", ["a=2,b=0.5", '{"a": 2, "b": 0.5}', " a = 2 , b=.5"])
+def test_weights_of_tenants(text: str) -> None:
+    config = parse_serve_config(["m", "--scheduling-policy", "fair", "--tenant-weights", text])
+    assert read_weights(config.tenant_weights) == {"a": 2.0, "b": 0.5}
+    assert ServeConfig.model_validate_json(config.model_dump_json()) == config
+
+
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
@@ -59,6 +67,10 @@ def test_config_survives_the_wire(max_num_seqs: int, seed: int, utilization: flo
         ("m --block-size 24", ["block_size=24", "power of two"]),
         ("m --max-num-seqs 4096", ["max_num_batched_tokens=2048", "max_num_seqs=4096"]),
         ("m --port 80 --grpc-port 80", ["must differ"]),
+        ("m --tenant-weights a=2", ["tenant_weights", "scheduling_policy=fair"]),
+        ("m --scheduling-policy fair --tenant-weights a=0", ["--tenant-weights", "'a'", "above 0"]),
+        ("m --scheduling-policy fair --tenant-weights a:2", ["'a:2'", "tenant=weight"]),
+        ('m --scheduling-policy fair --tenant-weights {"a":', ["--tenant-weights", "JSON"]),
         ("m --kv-cache-memory-bytes lots", ["--kv-cache-memory-bytes", "'lots'"]),
         ("m another", ["another"]),
         ("m --host", ["--host"]),
