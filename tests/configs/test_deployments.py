@@ -1,5 +1,6 @@
 """The deployments that ship: each loads as `manta serve --config` loads it, and fits the GPUs it is written for."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,11 @@ def test_they_fit(file: Path) -> None:
     for stage in plan.stages:
         estimated = stage.table_bytes + stage.activation_bytes + stage.outside_bytes
         assert stage.left_bytes - estimated // 2 > stage.kv.bytes_of(plan.max_model_len)
+
+
+def test_the_document_lists_them() -> None:
+    page = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `([\w.-]+\.yaml)` \|", page, re.MULTILINE)) == {file.name for file in PUBLIC}
 
 
 def test_fp8_is_where_16_bits_do_not_fit() -> None:

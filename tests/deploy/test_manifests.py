@@ -137,6 +137,18 @@ def test_ray_is_the_one_that_is_installed_and_asks_for_a_token() -> None:
         assert cluster["authOptions"]["mode"] == "token"
 
 
+def test_secrets_and_claims_are_made_somewhere() -> None:
+    text = "".join(json.dumps(_manifests(file)) for file in FILES)
+    claims = {m["metadata"]["name"] for f in FILES for m in _manifests(f) if m["kind"] == "PersistentVolumeClaim"}
+    assert set(re.findall(r'"claimName": "([^"]+)"', text)) <= claims
+    page = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8")
+    made = set(re.findall(r"kubectl create secret generic (\S+)", page))
+    named = set(re.findall(r'"secretName": "([^"]+)"', text))
+    named |= set(re.findall(r'"(?:secretKeyRef|credentials)": {"name": "([^"]+)"', text))
+    assert named <= made
+    assert "manta-keys" in named
+
+
 def test_ports_and_volumes_are_those_of_the_pods() -> None:
     defaults = {
         name: ServeConfig.model_fields[field].default for name, field in (("http", "port"), ("grpc", "grpc_port"))

@@ -42,11 +42,13 @@ PROBE = fields(
     {"timeoutSeconds": COUNT, "failureThreshold": COUNT},
 )
 RESOURCES = fields({"requests": values(QUANTITY), "limits": values(QUANTITY)})
+ENV_OF_SECRET = fields({"name": STRING, "valueFrom": fields({"secretKeyRef": fields({"name": NAME, "key": STRING})})})
 CONTAINER = fields(
     {"name": NAME, "image": STRING, "resources": RESOURCES},
     {
+        "command": items(STRING),
         "args": items(STRING),
-        "env": items(fields({"name": STRING, "value": STRING})),
+        "env": items({"oneOf": [fields({"name": STRING, "value": STRING}), ENV_OF_SECRET]}),
         "ports": items(fields({"name": PORT_NAME, "containerPort": PORT})),
         "startupProbe": PROBE,
         "livenessProbe": PROBE,
@@ -116,6 +118,14 @@ SPECS: dict[tuple[str, str], Schema] = {
                 {"rollingUpdate": fields({"maxUnavailable": COUNT, "maxSurge": COUNT})},
             )
         },
+    ),
+    ("batch/v1", "Job"): fields({"template": TEMPLATE}, {"backoffLimit": COUNT}),
+    ("v1", "PersistentVolumeClaim"): fields(
+        {
+            "accessModes": items({"enum": ["ReadWriteOnce", "ReadOnlyMany", "ReadWriteMany"]}),
+            "resources": fields({"requests": values(QUANTITY)}),
+        },
+        {"storageClassName": NAME},
     ),
     ("v1", "Service"): fields({"selector": LABELS, "ports": items(SERVICE_PORT)}, {"type": STRING}),
     ("policy/v1", "PodDisruptionBudget"): fields({"selector": SELECTOR, "minAvailable": COUNT}),
