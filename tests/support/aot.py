@@ -76,13 +76,14 @@ def families() -> list[str]:
 
 
 @lru_cache
-def resources_of(family: str) -> list[Resources]:
-    """Compiles every launch of the family, in processes without the interpreter and with an empty cache."""
+def resources_of(family: str, thinned: bool = False) -> list[Resources]:
+    """Compiles every launch of the family, in processes without the interpreter and with an empty cache. Thinned: each
+    for sm_90 and one of the others in turn."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     num_processes = min(2, os.cpu_count() or 1)
     with tempfile.TemporaryDirectory() as cache, ThreadPoolExecutor(num_processes) as pool:
         environment["TRITON_CACHE_DIR"] = cache
-        parts = [[sys.executable, "-m", "tests.support.aot", family, str(i), str(num_processes)]
+        parts = [[sys.executable, "-m", "tests.support.aot", family, str(i), str(num_processes), str(int(thinned))]
                  for i in range(num_processes)]  # fmt: skip
         found = [line for lines in pool.map(lambda part: _lines(part, environment), parts) for line in lines]
     return [Resources(**fields) for _, fields in sorted(found, key=lambda line: line[0])]
@@ -148,15 +149,16 @@ def _matrix_instructions(ptx: str) -> str:
     return " ".join(sorted(set(re.findall(r"(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)[\w.:]*", ptx))))
 
 
-def compiled(family: str, first: int = 0, step: int = 1) -> Iterator[tuple[int, Resources]]:
+def compiled(family: str, first: int = 0, step: int = 1, thinned: int = 0) -> Iterator[tuple[int, Resources]]:
     """The resources of each kernel of the family's launches first, first + step, ..., with the number of the launch;
-    every different kernel once per launch."""
+    every different kernel once per launch. Thinned: see `resources_of`."""
     assert os.environ.get("TRITON_INTERPRET") != "1", "interpreted kernels cannot be compiled: unset TRITON_INTERPRET"
     module = importlib.import_module(f"tests.kernels.triton.launches_{family}")
     launches: Launches = module.LAUNCHES
     least: dict[str, int] = getattr(module, "FROM_CAPABILITY", {})
     for number, (name, launch) in islice(enumerate(launches.items()), first, None, step):
-        for capability in (capability for capability in NUM_SMS if capability >= least.get(name, 0)):
+        left_out = (80, 100)[number // step % 2] if thinned and least.get(name, 0) <= 80 else None
+        for capability in (each for each in NUM_SMS if each >= least.get(name, 0) and each != left_out):
             gpu.pretend(gpu.Gpu(capability, NUM_SMS[capability]))
             with _recorded_launches() as calls:
                 launch()
