@@ -26,9 +26,10 @@ class Places:
 
     def let_through(self, name: str) -> None:
         """Ends the waiting of this one, without a place; nothing where it does not wait."""
-        if name in self._waiting:
-            self._waiting.pop(name)[0].set_result(False)
-            self._hand_out()
+        future, _ = self._waiting.pop(name, (None, 0))
+        if future is not None and not future.done():
+            future.set_result(False)
+        self._hand_out()
 
     def let_all_through(self) -> None:
         for name in list(self._waiting):
@@ -45,7 +46,7 @@ class Places:
         except asyncio.CancelledError:
             if self._waiting.pop(name, None) is not None:
                 self._hand_out()  # those behind may want less
-            elif future.done() and not future.cancelled() and future.result():
+            elif not future.cancelled() and future.result():
                 self._give_back(num_wanted)
             raise
 
@@ -56,8 +57,9 @@ class Places:
     def _hand_out(self) -> None:
         while self._waiting:
             name, (future, num_wanted) = next(iter(self._waiting.items()))
-            if num_wanted > self._num_free:
-                return
+            if not future.done():  # that of a task that is being cancelled is
+                if num_wanted > self._num_free:
+                    return
+                self._num_free -= num_wanted
+                future.set_result(True)
             del self._waiting[name]
-            self._num_free -= num_wanted
-            future.set_result(True)
