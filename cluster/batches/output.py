@@ -9,7 +9,8 @@ from manta.cluster.batches.files import FileRecord, NewFile, insert_file
 from manta.cluster.batches.lines import error_line
 from manta.cluster.batches.records import BatchRecord, Status, forget_lines, get_results, open_lines, set_status
 
-_PAGE = 256  # results in memory at once
+_PAGE_BYTES = 1 << 20  # of results in memory at once
+_PAGE = 1024  # lines without results in memory at once
 _UNANSWERED = {
     Status.EXPIRED: ("batch_expired", "This request could not be executed before the completion window expired."),
     Status.CANCELLED: ("batch_cancelled", "This request was not executed before the batch was cancelled."),
@@ -37,7 +38,7 @@ async def end_batch(database: Database, batch: BatchRecord) -> None:
 
 async def _write_results(database: Database, batch: BatchRecord, good: NewFile, bad: NewFile) -> None:
     after = 0
-    while page := await database.read(get_results, batch.place, after, _PAGE):
+    while page := await database.read(get_results, batch.place, after, _PAGE_BYTES):
         after = page[-1].number
         await asyncio.to_thread(good.write, [result.answer for result in page if result.is_good])
         await asyncio.to_thread(bad.write, [result.answer for result in page if not result.is_good])

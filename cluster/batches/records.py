@@ -1,5 +1,6 @@
 """Batches as the database has them: their states, their lines, and the result of every line that has ended."""
 
+import contextlib
 import secrets
 import sqlite3
 import time
@@ -176,11 +177,17 @@ def add_results(connection: sqlite3.Connection, place: int, results: Iterable[Re
     connection.execute(query, (num_good, num_bad, place))
 
 
-def get_results(connection: sqlite3.Connection, place: int, after: int, limit: int) -> list[Result]:
-    """Results behind line `after`, in the order of the lines."""
-    query = "SELECT number, is_good, answer FROM results WHERE batch = ? AND number > ? ORDER BY number LIMIT ?"
-    return [Result(number, bool(is_good), answer) for number, is_good, answer in
-            connection.execute(query, (place, after, limit))]  # fmt: skip
+def get_results(connection: sqlite3.Connection, place: int, after: int, num_bytes: int) -> list[Result]:
+    """Results behind line `after`, in the order of the lines: the next one, and more up to about so many bytes."""
+    query = "SELECT number, is_good, answer FROM results WHERE batch = ? AND number > ? ORDER BY number"
+    results: list[Result] = []
+    with contextlib.closing(connection.execute(query, (place, after))) as rows:
+        for number, is_good, answer in rows:
+            results.append(Result(number, bool(is_good), answer))
+            num_bytes -= len(answer)
+            if num_bytes < 0:
+                break
+    return results
 
 
 def forget_lines(connection: sqlite3.Connection, place: int) -> None:

@@ -47,8 +47,8 @@ def client(shared: DoorThread) -> openai.OpenAI:
 
 def direct(doors: DoorThread, each: dict[str, Any]) -> tuple[int, Any]:
     """What the server answers to the request of a line itself, but for names and times."""
-    headers = {"authorization": "Bearer sk-a"}
-    answer = httpx.post(f"{doors.base_url}{each['url']}", json=each["body"], headers=headers)
+    with httpx.Client(headers={"authorization": "Bearer sk-a"}, verify=False) as http:
+        answer = http.post(f"{doors.base_url}{each['url']}", json=each["body"])
     return answer.status_code, bare(answer.json())
 
 

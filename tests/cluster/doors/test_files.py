@@ -31,6 +31,12 @@ def keeping(model_folder: Path, folder: Path) -> Iterator[DoorThread]:
         yield doors
 
 
+@pytest.fixture(scope="module")
+def plain(keeping: DoorThread) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=keeping.base_url, headers={"authorization": "Bearer sk-a"}) as client:
+        yield client
+
+
 @pytest.fixture
 def clients(keeping: DoorThread) -> dict[str, openai.OpenAI]:
     return {
@@ -122,14 +128,13 @@ WRONG = [
 
 @pytest.mark.parametrize(("body", "kind", "status", "named"), WRONG, ids=range(len(WRONG)))
 def test_what_is_wrong_is_named_and_leaves_nothing(
-    keeping: DoorThread, folder: Path, body: bytes, kind: str, status: int, named: str
+    plain: httpx.Client, folder: Path, body: bytes, kind: str, status: int, named: str
 ) -> None:
-    headers = {"authorization": "Bearer sk-a", "content-type": kind}
     for content in (body, iter([body[:9], body[9:]])):  # of a known length, and in chunks
-        answer = httpx.post(f"{keeping.base_url}/v1/files", content=content, headers=headers)
+        answer = plain.post("/v1/files", content=content, headers={"content-type": kind})
         assert (answer.status_code, named in answer.json()["error"]["message"]) == (status, True), answer.text
     assert list((folder / "deep" / "er" / "files").iterdir()) == []
-    assert httpx.get(f"{keeping.base_url}/v1/files", headers=headers).json()["data"] == []
+    assert plain.get("/v1/files").json()["data"] == []
 
 
 def test_a_client_that_leaves_leaves_nothing(keeping: DoorThread, folder: Path) -> None:
