@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from manta.configs.model import ModelError, ModelSpec, read_model_spec
+from manta.configs.pooling import PoolingSpec
 from manta.configs.schema import ServeConfig
 
 _DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -57,6 +58,7 @@ def read_model(config: ServeConfig) -> ModelFacts:
     folder = model_folder(config)
     try:
         facts = ModelFacts(folder, read_model_spec(folder))
+        PoolingSpec.read(folder, config, facts.spec)
     except ModelError as error:
         raise PreflightError(str(error)) from None
     has_weights = any(folder.glob("*.safetensors"))

@@ -24,9 +24,10 @@ from manta.cluster.doors.validate import (
 from manta.cluster.engine.client import Client, EngineError
 from manta.cluster.engine.types import UNSAMPLED, GenerationRequest, TokenChunk
 from manta.configs.pooling import Pooling, PoolingParams
+from manta.configs.schema import ServeConfig
 
 MAX_INPUTS = 2048  # in one call, as in the OpenAI API
-NUM_AT_ONCE = 256  # of one call, in the engine: a large call leaves room in its queue for others
+MAX_AT_ONCE = 256  # of one call, in the engine: a large call leaves room in its queue for others
 
 Vector = NDArray[np.float32]
 T = TypeVar("T")
@@ -111,14 +112,18 @@ async def _encode(validator: Validator, source: Prompt, param: str, keep: int | 
 
 
 class PoolingCall(Generic[T]):
-    """One call of a client. `form` makes of each vector what the answer needs, as they come."""
+    """One call of a client. `form` makes of each vector what the answer needs, as they come. `num_at_once`: of the
+    requests, in the engine."""
 
-    def __init__(self, client: Client, requests: list[GenerationRequest], form: Callable[[Vector], T]) -> None:
+    def __init__(
+        self, client: Client, requests: list[GenerationRequest], form: Callable[[Vector], T], num_at_once: int
+    ) -> None:
         self.tenant = current_tenant()
         self.num_cached_tokens = 0
         self._client = client
         self._requests = requests
         self._form = form
+        self._num_at_once = num_at_once
         self._aborted = False
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -138,7 +143,7 @@ class PoolingCall(Generic[T]):
             for index, request in waiting:
                 results[index] = self._form(await self._vector_of(request))
 
-        self._tasks = [asyncio.create_task(work()) for _ in range(min(NUM_AT_ONCE, len(self._requests)))]
+        self._tasks = [asyncio.create_task(work()) for _ in range(min(self._num_at_once, len(self._requests)))]
         try:
             await asyncio.gather(*self._tasks)
         except asyncio.CancelledError:
@@ -189,10 +194,19 @@ class Pooled(Generic[T]):
         }
 
 
+def num_in_engine(config: ServeConfig, requests: list[GenerationRequest]) -> int:
+    """How many requests of a call at a time: no more than an empty queue holds, or it might never get through."""
+    most = min(MAX_AT_ONCE, config.max_num_queued_reqs)
+    if config.max_num_queued_tokens is not None:
+        longest = max(len(request.prompt_token_ids) for request in requests)
+        most = min(most, max(1, config.max_num_queued_tokens // longest))
+    return most
+
+
 async def run_pooling(service: Service, ask: PoolingAsk, request_id: str, form: Callable[[Vector], T]) -> Pooled[T]:
     """From the ask to its results. Raises RequestError."""
     requests = await resolve_pooling(service.validator, ask, request_id)
-    call = PoolingCall(service.client, requests, form)
+    call = PoolingCall(service.client, requests, form, num_in_engine(service.config, requests))
     with service.running.track(request_id, call):
         results = await call.run()
     return Pooled(results, sum(len(request.prompt_token_ids) for request in requests), call.num_cached_tokens)

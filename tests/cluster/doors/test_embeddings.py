@@ -15,10 +15,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from manta.cluster.doors.limits import ModelLimits
+from manta.cluster.doors.pooling import num_in_engine
 from manta.cluster.doors.validate import Validator
 from manta.cluster.engine.client import QueueFullError
 from manta.cluster.engine.types import UNSAMPLED, GenerationRequest
 from manta.configs.pooling import Pooling
+from manta.configs.schema import ServeConfig
 from manta.protos import inference_pb2 as pb
 from manta.protos import inference_pb2_grpc as pb_grpc
 from tests.support.door_server import MAX_MODEL_LEN, DoorThread
@@ -173,6 +175,16 @@ def test_a_large_call_leaves_room_in_the_queue(http: httpx.Client, engine: FakeC
     with pytest.raises(httpx.ReadTimeout):
         http.post("/v1/embeddings", json={"input": ["a"] * 1000}, timeout=0.5)
     wait_for(lambda: len(engine.aborted) == len(engine.submitted) == 256)
+
+
+@pytest.mark.parametrize(
+    ("fields", "num_at_once"),
+    [({}, 256), ({"max_num_queued_reqs": 9}, 9), ({"max_num_queued_tokens": 35}, 3), ({"max_num_queued_tokens": 1}, 1)],
+)
+def test_a_call_needs_no_more_than_an_empty_queue_holds(fields: dict[str, int], num_at_once: int) -> None:
+    config = ServeConfig.model_validate({"model": "m"} | fields)
+    requests = [GenerationRequest("", [5] * length, UNSAMPLED) for length in (1, 10)]
+    assert num_in_engine(config, requests) == num_at_once
 
 
 def test_a_refusal_of_the_engine_is_the_calls(http: httpx.Client, engine: FakeClient) -> None:
