@@ -84,11 +84,13 @@ def _device_bytes(text: str) -> int:
 
 
 def _with_config_flag(words: list[str]) -> list[str]:
-    """The first word that is the name of a YAML file is one of `manta serve --config`."""
-    for index, word in enumerate(words):
-        if word.endswith((".yaml", ".yml")) and not word.startswith("-") and words[index - 1 : index] != ["--config"]:
-            return [*words[:index], "--config", *words[index:]]
-    return words
+    """The name of a YAML file is one of `manta serve --config`. Raises UsageError where there are several."""
+    files = [index for index, word in enumerate(words) if word.endswith((".yaml", ".yml")) and not word.startswith("-")]
+    if len(files) > 1:
+        raise UsageError(f"{words[files[1]]} is a second file; plan one at a time")
+    if not files or words[files[0] - 1 : files[0]] == ["--config"]:
+        return words
+    return [*words[: files[0]], "--config", *words[files[0] :]]
 
 
 def _find_model(config: ServeConfig) -> tuple[ModelSpec, str]:

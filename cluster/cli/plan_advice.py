@@ -10,7 +10,7 @@ from manta.configs.schema import ServeConfig
 
 _SHORTEST = 2048  # tokens of a context that is worth proposing
 _SIZES = (2, 4, 8, 16, 32, 64)
-_MOST_UTILIZATION = 0.95
+_UTILIZATIONS = (0.9, 0.95)
 Change = dict[str, Any]  # fields of ServeConfig
 
 
@@ -31,8 +31,7 @@ def _single(config: ServeConfig, spec: ModelSpec) -> Iterator[list[Change]]:
     """Lists of changes of the same field, the least one first."""
     length = config.max_model_len or 0
     yield [{"max_model_len": length >> shift} for shift in range(1, 12) if length >> shift >= _SHORTEST]
-    if config.gpu_memory_utilization < _MOST_UTILIZATION:
-        yield [{"gpu_memory_utilization": _MOST_UTILIZATION}]
+    yield [{"gpu_memory_utilization": each} for each in _UTILIZATIONS if each > config.gpu_memory_utilization]
     if config.kv_cache_dtype == "auto" and config.attention_backend != "flashinfer":
         yield [{"kv_cache_dtype": "fp8"}]
     if _may_quantize(config, spec):

@@ -43,6 +43,7 @@ def test_json_has_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
         "meta-llama/Llama-3.1-405B --device-memory 80GiB",
         "meta-llama/Llama-3.1-8B --max-model-len 131072 --device-memory 24GiB",
         "meta-llama/Llama-3.1-8B --kv-cache-memory-bytes 90GiB",
+        "meta-llama/Llama-3.1-8B --gpu-memory-utilization 0.05 --device-memory 40GiB",
     ],
 )
 def test_every_flag_that_is_advised_makes_it_fit(words: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -96,6 +97,8 @@ def test_a_file_and_flags_that_win_over_it(tmp_path: Path, capsys: pytest.Captur
         ("meta-llama/Llama-3.1-8B -tp 3", ["--tensor-parallel-size 3", "32 attention heads"]),
         ("meta-llama/Llama-3.1-8B --wings", ["--wings"]),
         ("/no/such/model", ["'/no/such/model' does not exist", "Qwen/Qwen3-8B"]),
+        ("a.yaml b.yml", ["b.yml is a second file"]),
+        ("--config a.yaml b.yml", ["b.yml is a second file"]),
         ("missing.yaml", ["missing.yaml", "No such file"]),
     ],
 )
