@@ -3,7 +3,8 @@
     python -m bench.response_store
 
 A fake engine answers at once, so what is measured is the door. Clients ask over HTTP, four at a time; RSS is that of
-the process that serves, in which the fake engine runs, too. Past --max-stored-responses it must not grow.
+the process that serves, in which the fake engine runs, too. Past --max-stored-responses it must not grow. First, what
+it costs when a request reaches a frontend that does not have the response and passes it on.
 """
 
 import argparse
@@ -44,6 +45,23 @@ async def ask(url: str, body: dict[str, Any], num_calls: int) -> float:
     return (time.perf_counter() - start_s) / num_calls
 
 
+def ask_both(model: Path) -> None:
+    """GET of a response from the frontend that has it, and from another one that passes the request on."""
+    shared = {"api_server_count": 2, "max_model_len": 8192}
+    with DoorThread(FakeClient(), model, **shared) as first:
+        ports = {"port": first.http_port, "grpc_port": first.grpc_port}
+        with DoorThread(FakeClient(), model, **shared, **ports) as second:
+            folder = first.server._peers._folder
+            uds = [str(folder / doors.server._peers.name) for doors in (first, second)]
+            own, other = (httpx.Client(transport=httpx.HTTPTransport(uds=path), base_url="http://x") for path in uds)
+            created = own.post("/v1/responses", json={"input": "hello", "max_output_tokens": 64}).json()
+            for name, client in (("own", own), ("another's", other), ("own", own), ("another's", other)):
+                start_s = time.perf_counter()
+                for _ in range(300):
+                    client.get(f"/v1/responses/{created['id']}").raise_for_status()
+                print(f"GET of {name:9s} {(time.perf_counter() - start_s) / 300 * 1e3:6.2f} ms")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-responses", type=int, default=10_000)
@@ -54,6 +72,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         engine, model = FakeClient(), write_model_folder(Path(folder))
         engine.tokens_per_chunk = args.output_tokens
+        ask_both(model)
         limits = {"max_stored_responses": args.max_stored_responses, "max_model_len": 8192}
         with DoorThread(engine, model, **limits) as doors:
             text = "hello " * (args.input_characters // 6)
