@@ -12,15 +12,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import int64, prange
 from torch import Tensor
 
 from manta.kernels.cpu_decoder import program
 from manta.kernels.cpu_decoder.team import running_team
 from manta.kernels.cpu_decoder.threads import atomic_add
-from manta.kernels.cpu_scalars import call, jit, kernel_address, load, load_int64, num_chunks, store, store_int64
+from manta.kernels.cpu_scalars import jit, kernel_address, load, load_int64, num_chunks, store, store_int64
 from manta.kernels.sample_row_cpu import row_floats
 from manta.kernels.sample_vectors_cpu import BLOCK, BLOCK_VECTORS, maxima, weigh
+from manta.kernels.table_call import run_alone, run_together
 
 _F32 = np.float32(0)
 _LOWEST = np.float32(-np.inf)
@@ -106,18 +106,6 @@ def _logprobs(table: Any, thread: Any, threads: Any) -> None:
                 store(values, i, load(values, i, _F32) - log_sum, _F32)
 
 
-@jit()
-def _alone(table: Any) -> None:
-    call(load_int64(table, KERNEL), (table, 0, 1))
-
-
-@jit(parallel=True)
-def _together(table: Any, threads: Any) -> None:
-    """Where no team runs, as on CPUs whose models run through oneDNN."""
-    for thread in prange(threads):
-        call(load_int64(table, KERNEL), (table, int64(thread), int64(threads)))
-
-
 @cache
 def _address() -> int:
     return kernel_address(_logprobs, 3, 0)
@@ -147,9 +135,9 @@ def logprobs(logits: Tensor, tokens: Tensor, num_best: int = 0) -> tuple[Tensor,
         4 * row_floats(vocab_size),
     )  # fmt: skip
     if not is_shared:
-        _alone(table.ctypes.data)
+        run_alone(table.ctypes.data)
     elif (team := running_team(num_threads)) is not None:
         team.run(program.CALL_JOB, table.ctypes.data)
     else:
-        _together(table.ctypes.data, min(num_chunks(num_rows * vocab_size), num_threads))
+        run_together(table.ctypes.data, min(num_chunks(num_rows * vocab_size), num_threads))
     return chosen, ranks, ids, best

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import int64, prange
+from numba import int64
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -19,7 +19,6 @@ from manta.kernels.cpu_decoder.memory import zeros
 from manta.kernels.cpu_decoder.team import running_team
 from manta.kernels.cpu_decoder.threads import atomic_add
 from manta.kernels.cpu_scalars import (
-    call,
     jit,
     kernel_address,
     load,
@@ -32,6 +31,7 @@ from manta.kernels.cpu_scalars import (
 from manta.kernels.sample_row_cpu import draw_token, row_floats, scratch_bytes, uniform
 from manta.kernels.sample_vectors_cpu import store_int32
 from manta.kernels.sampling_parameters import Parameters
+from manta.kernels.table_call import run_alone, run_together
 
 _F32 = np.float32(0)
 _ONE = np.float32(1)
@@ -121,18 +121,6 @@ def _sample(table: Any, thread: Any, threads: Any) -> None:
         store_int64(load_int64(table, TOKENS), row, _choose(table, row, scratch))
 
 
-@jit()
-def _alone(table: Any) -> None:
-    call(load_int64(table, KERNEL), (table, 0, 1))
-
-
-@jit(parallel=True)
-def _together(table: Any, threads: Any) -> None:
-    """Where no team runs, as on CPUs whose models run through oneDNN."""
-    for thread in prange(threads):
-        call(load_int64(table, KERNEL), (table, int64(thread), int64(threads)))
-
-
 @cache
 def _address() -> int:
     return kernel_address(_sample, 3, 0)
@@ -156,9 +144,9 @@ class RowSampler:
         self._num_threads = torch.get_num_threads()
         self._rows = np.zeros((2, 0), np.int64)  # slots and positions
         self._columns: tuple[NDArray[Any], ...] = ()
-        _alone.compile((int64,))
+        run_alone.compile((int64,))
         if self._num_threads > 1 and running_team(self._num_threads) is None:
-            _together.compile((int64, int64))
+            run_together.compile((int64, int64))
 
     def __call__(
         self,
@@ -190,11 +178,11 @@ class RowSampler:
 
     def _run(self, num_logits: int) -> None:
         if self._num_threads == 1 or num_logits < MIN_SHARED_LOGITS:
-            _alone(self._address)
+            run_alone(self._address)
         elif (team := running_team(self._num_threads)) is not None:
             team.run(program.CALL_JOB, self._address)
         else:
-            _together(self._address, min(num_chunks(num_logits), self._num_threads))
+            run_together(self._address, min(num_chunks(num_logits), self._num_threads))
 
     def _set_columns(self, p: Parameters) -> None:
         """Addresses of the parameters, which seldom change: asking numpy for them takes longer than drawing does."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from manta.kernels import sample_cpu, sample_row_cpu
+from manta.kernels import sample_cpu, sample_row_cpu, table_call
 from manta.kernels.cpu_decoder.team import team_of
 from manta.kernels.sample_cpu import RowSampler
 from manta.workers import draws as draws_of_workers
@@ -206,10 +206,10 @@ def test_rows_go_over_threads_and_stay_the_same(monkeypatch: pytest.MonkeyPatch)
     assert len(jobs) == 20
     monkeypatch.setattr(sample_cpu, "running_team", lambda num_threads: None)
     sampler = RowSampler()
-    compiled = len(sample_cpu._alone.signatures), len(sample_cpu._together.signatures)
+    compiled = len(table_call.run_alone.signatures), len(table_call.run_together.signatures)
     assert choose(logits, draws, columns, sampler) == alone
     assert len(jobs) == 20
-    assert (len(sample_cpu._alone.signatures), len(sample_cpu._together.signatures)) == compiled == (1, 1)
+    assert (len(table_call.run_alone.signatures), len(table_call.run_together.signatures)) == compiled == (1, 1)
 
 
 def test_parameters_that_have_moved_are_found_again() -> None:
