@@ -7,9 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from manta.configs.capacity import KVSize
-from manta.configs.memory_estimate import table_bytes, weight_itemsize
+from manta.configs.memory_estimate import activation_bytes, table_bytes, weight_itemsize
 from manta.configs.memory_plan import PlannedRank, kv_size, plan_memory, rank_weight_bytes
 from manta.configs.model import ModelSpec, read_model_spec
 from manta.configs.public_models import public_id, public_models, public_spec
@@ -17,6 +20,7 @@ from manta.configs.quantization import QuantizationSpec
 from manta.configs.schema import ServeConfig
 from manta.configs.weights import Place, weight_names, weight_slice
 from manta.kernels import ops
+from manta.kernels.metadata import AttentionMetadata
 from manta.workers.decode_graphs import graph_sizes
 from manta.workers.device_slots import DeviceSlots
 from manta.workers.formats import Format, Weights, choose_format
@@ -173,6 +177,66 @@ def test_scales_of_fp8_weights_and_the_padding_of_the_vocabulary_are_counted(spe
     assert padding > 0
     recorded = 256 * 4  # logits of one token less
     assert table_bytes(plain, odd, place, 64) - table_bytes(plain, spec, place, 64) == padding - recorded
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Adds up what operations allocate and nobody has let go of yet."""
+
+    def __init__(self, *tensors: torch.Tensor) -> None:
+        """`tensors` have been there before."""
+        super().__init__()
+        self._known = {tensor.untyped_storage()._cdata for tensor in tensors}
+        self._live: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self._live = {key: each for key, each in self._live.items() if not each[0].expired()}
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._known and storage._cdata not in self._live:
+                    self._live[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.peak_bytes = max(self.peak_bytes, sum(num_bytes for _, num_bytes in self._live.values()))
+        return out
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_activations_are_what_the_layers_hold_at_their_worst_moment(
+    spec: ModelSpec, tp_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Operation by operation, as on a GPU; attention and the cache are left out, which take little of their own."""
+    monkeypatch.setattr(ops, "uses_cpu_decoder", lambda *_: False)
+    monkeypatch.setattr(ops, "paged_attention", lambda q, *_: torch.empty_like(q))
+    monkeypatch.setattr(ops, "rope_kv_write", lambda *_: None)
+    num_tokens, num_rows = 96, 16
+    model = CausalLM(spec, Mesh(0, tp_size, 0, 1, CPU), torch.bfloat16)
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    model.prepare()
+    metadata = AttentionMetadata(
+        query_start=torch.tensor([0, num_tokens], dtype=torch.int32),
+        seq_lens=torch.tensor([num_tokens], dtype=torch.int32),
+        block_tables=torch.zeros(1, 6, dtype=torch.int32),
+        slot_mapping=torch.arange(num_tokens),
+        positions=torch.arange(num_tokens),
+        num_decodes=0,
+        max_query_len=num_tokens,
+        max_seq_len=num_tokens,
+        block_size=16,
+    )
+    nothing: Any = [(None, None)] * spec.num_layers
+    token_ids = torch.zeros(num_tokens, dtype=torch.int64)
+    with _LiveBytes(*model.parameters(), model.rope_table, token_ids, metadata.positions) as live:
+        hidden = model(token_ids, metadata, nothing)
+        in_layers = live.peak_bytes
+        if tp_size == 1:  # else another rank has the rest of the logits
+            model.logits(hidden[:num_rows])
+    asked = config(max_num_batched_tokens=num_tokens, max_num_seqs=num_rows, enforce_eager=True, dtype="bfloat16")
+    place = PlannedRank(0, tp_size, 0, 1)
+    without_head = spec.model_copy(update={"has_lm_head": False})
+    assert in_layers <= activation_bytes(asked, without_head, place) <= 1.3 * in_layers
+    assert live.peak_bytes <= activation_bytes(asked, spec, place)
 
 
 @given(
