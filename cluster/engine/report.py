@@ -66,7 +66,7 @@ class Reporter:
             num_background=self._scheduler.num_of_priority(BACKGROUND),
             replicas=replicas,
             oldest_wait_s=self._oldest_wait_s(),
-            num_arrived=self._publisher.num_arrived,
+            num_arrived=self._publisher.num_arrived % 2**32,
         )
 
     def _oldest_wait_s(self) -> float:
