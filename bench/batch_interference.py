@@ -1,15 +1,20 @@
 """What a running batch costs interactive requests, and what it gets done meanwhile.
 
     python bench/batch_interference.py --model /tmp/smollm2-135m --batch-seqs 0 8
+    python bench/batch_interference.py --model /tmp/smollm2-135m --device-us 10000 1200 460
 
 A server is started for each --max-num-batch-seqs. `manta bench serve` measures it alone, beside a batch of
 /v1/batches, and, for comparison, beside the same lines from a client that sends them as ordinary requests
 (`manta run-batch --url`). Lines have 128 random tokens in and 96 out.
+
+With --device-us the worker is a clock (`modelled_device.py`) behind the real frontend and scheduler: the figures are
+those of a device as fast as that, whatever else this machine does.
 """
 
 import argparse
 import contextlib
 import json
+import os
 import random
 import subprocess
 import sys
@@ -20,6 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from processes import spawn
+
+from manta.configs.schema import ServeConfig
 
 _MANTA = Path(sys.executable).parent / "manta"
 _FIGURES = {
@@ -40,7 +48,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--rate", type=float, default=2.0, help="interactive requests per second")
     parser.add_argument("--num-prompts", type=int, default=40, help="interactive requests of a run")
     parser.add_argument("--port", type=int, default=8471)
-    parser.add_argument("--flags", nargs="*", default=[], help="more words for manta serve, without their dashes: a=b")
+    parser.add_argument("--device-us", nargs=3, metavar=("STEP", "ROW", "TOKEN"), help="a clock instead of the model")
     parser.add_argument("--no-client", action="store_true", help="leave out the ordinary client")
     return parser.parse_args()
 
@@ -50,7 +58,7 @@ def server(args: argparse.Namespace, batch_seqs: int, folder: Path) -> Iterator[
     """Its URL."""
     words = ["--distributed-executor-backend", "local", "--host", "127.0.0.1", "--port", str(args.port)]
     words += ["--grpc-port", "0", "--max-num-seqs", "64", "--max-num-batch-seqs", str(batch_seqs)]
-    words += ["--batch-dir", str(folder / f"batches-{batch_seqs}"), *(f"--{flag}" for flag in args.flags)]
+    words += ["--batch-dir", str(folder / f"batches-{batch_seqs}")]
     log = (folder / "server.log").open("w")
     process = subprocess.Popen([str(_MANTA), "serve", args.model, *words], stdout=log, stderr=subprocess.STDOUT)
     url = f"http://127.0.0.1:{args.port}"
@@ -67,6 +75,29 @@ def server(args: argparse.Namespace, batch_seqs: int, folder: Path) -> Iterator[
         process.terminate()
         process.wait(60)
         log.close()
+
+
+@contextlib.contextmanager
+def clock(args: argparse.Namespace, batch_seqs: int, folder: Path) -> Iterator[str]:
+    """As `server`, around a worker without a model."""
+    config = ServeConfig(
+        model=args.model, device="cpu", host="127.0.0.1", port=args.port, grpc_port=0, max_num_seqs=64,
+        batch_dir=str(folder / f"batches-{batch_seqs}"), max_num_batch_seqs=batch_seqs,
+    )  # fmt: skip
+    parent = ["--parent-pid", str(os.getpid())]
+    child = ["--config-json", config.model_dump_json(), *parent]
+    frontend = spawn("frontend", "manta.cluster.doors.main", child)
+    children = [frontend, spawn("worker", "modelled_device", ["--device-us", *args.device_us, *parent])]
+    try:
+        worker = children[1].wait_for_address(60)
+        children.append(spawn("scheduler", "manta.cluster.engine.main", [*child, "--workers", worker]))
+        frontend.tell(f"{children[2].wait_for_address(60)} {args.port} 0")
+        yield f"http://{frontend.wait_for_address(60).split()[0]}"
+    finally:
+        for process in children:
+            process.terminate()
+        for process in children:
+            process.join(10)
 
 
 def write_lines(path: Path, model: str) -> None:
@@ -131,11 +162,11 @@ def ordinary_client(url: str, lines: Path, output: Path) -> Iterator[None]:
 
 def run(args: argparse.Namespace, batch_seqs: int, folder: Path, lines: Path) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
-    with server(args, batch_seqs, folder) as url:
+    with (clock if args.device_us else server)(args, batch_seqs, folder) as url:
         found["alone"] = measure(args, folder, seed=1)
         with batch(url, lines) as path:
             begin_s, begin = time.perf_counter(), num_done(path)
-            time.sleep(6)
+            time.sleep(15)
             rate = (num_done(path) - begin) / (time.perf_counter() - begin_s)
             print(f"the batch with nobody else: {rate:.2f} lines/s", flush=True)
             begin_s, begin = time.perf_counter(), num_done(path)

@@ -43,12 +43,14 @@ class BackgroundClient:
                     if has_begun:  # of a prompt that comes back nothing new is to be told
                         chunk.num_cached_tokens, chunk.queue_s = 0, 0.0
                     has_begun = True
+                    place.begin()
                     tokens += chunk.token_ids
                     yield chunk
                     if chunk.finish_reason is not None:
                         return
 
     def generate_group(self, requests: Sequence[GenerationRequest]) -> Group:
+        current_place.get().begin()  # as far as anybody will know
         return self._client.generate_group([replace(request, priority=BACKGROUND) for request in requests])
 
     async def info(self) -> pb.InfoResponse:

@@ -15,7 +15,7 @@ QUIET_S = 0.5  # without other requests, until batches take what there is
 LOAD_TIMEOUT_S = 5.0
 RESERVE = 8  # one slot in so many stays free for whoever comes next
 FULL_CACHE = 0.9  # of the KV blocks: batches take no more
-GROWTH = 4  # sequences more from one answer to the next; or a quarter more, if that is more
+STARTING = 16  # one line in so many, and two at least, may be without its first token; one beside other requests
 T = TypeVar("T")
 logger = logging.getLogger("manta.batches")
 
@@ -23,8 +23,10 @@ logger = logging.getLogger("manta.batches")
 class Place:
     """A line's leave to run. It may have to pause: what it has in the engine leaves, and comes back later."""
 
-    def __init__(self, num_sequences: int) -> None:
+    def __init__(self, num_sequences: int, on_begin: Callable[[], None] = lambda: None) -> None:
         self.num_sequences = num_sequences
+        self.has_begun = False  # it has a token since it last entered the engine: its prompt is computed
+        self._on_begin = on_begin
         self._may_run = asyncio.Event()
         self._may_run.set()
         self._readers: set[asyncio.Task[object]] = set()
@@ -33,11 +35,17 @@ class Place:
     def is_paused(self) -> bool:
         return not self._may_run.is_set()
 
+    def begin(self) -> None:
+        if not self.has_begun:
+            self.has_begun = True
+            self._on_begin()
+
     def set_running(self, runs: bool) -> None:
         if runs:
             self._may_run.set()
         elif not self.is_paused:
             self._may_run.clear()
+            self.has_begun = False
             for task in self._readers:
                 task.cancel()
 
@@ -75,9 +83,12 @@ class Gate:
     """Hands out places in the order in which they are asked for. While `watch` runs, the number of sequences that have
     one follows the engine's load:
 
-    - Nobody else is there: up to Room.num_alone, some more at a time, so that no step holds the prompts of hundreds.
+    - Nobody else is there: up to Room.num_alone.
     - Other requests are there: up to Room.num_beside. Places beyond it pause, the youngest first.
     - Other requests wait for slots or blocks: fewer and fewer, down to none.
+
+    Few begin at a time: lines that ended together would otherwise put all their successors' prompts into one step, and
+    whoever comes next waits for it.
     """
 
     def __init__(self, load: Callable[[], Awaitable[pb.LoadResponse]], room: Room) -> None:
@@ -87,11 +98,13 @@ class Gate:
         self._places: dict[Place, None] = {}  # the oldest first
         self._waiting: deque[tuple[Place, asyncio.Future[None]]] = deque()
         self._is_wanted = asyncio.Event()  # somebody has a place or waits for one
-        self._busy_s = 0.0  # when other requests were last seen, by the loop's clock
+        self._busy_s = -QUIET_S  # when other requests were last seen, by the loop's clock
+        self._is_busy = False  # they are there, or were a moment ago
 
     async def enter(self, num_sequences: int) -> Place:
         """Waits for a place, which must be given back with `leave`."""
-        place, granted = Place(num_sequences), asyncio.get_running_loop().create_future()
+        place = Place(num_sequences, self._grant)
+        granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append((place, granted))
         self._is_wanted.set()
         self._grant()
@@ -135,21 +148,20 @@ class Gate:
         num_all = load.num_running + load.num_waiting
         if num_all > load.num_background:
             self._busy_s = now_s
-        is_busy = now_s < self._busy_s + QUIET_S
+        self._is_busy = now_s < self._busy_s + QUIET_S
         is_full = load.num_running >= self._room.num_slots or load.kv_cache_usage > FULL_CACHE
-        allowed = self._room.num_beside if is_busy else self._room.num_alone
-        if is_full and is_busy and load.num_waiting:
+        allowed = self._room.num_beside if self._is_busy else self._room.num_alone
+        if is_full and self._is_busy and load.num_waiting:
             return min(allowed, used - max(1, used // 4)) if used else 0
-        if is_full:
-            allowed = min(allowed, used)
-        return min(allowed, self._allowed + max(GROWTH, self._allowed // 4))
+        return min(allowed, used) if is_full else allowed
 
     def _divide(self) -> None:
         """Lets the oldest places run as far as there is room; a single one may have more sequences than that."""
         used = 0
         for place in self._places:
-            is_first = used == 0 and self._allowed > 0
-            place.set_running(is_first or used + place.num_sequences <= self._allowed)
+            has_room = self._has_room(used, place)
+            if not has_room or (place.is_paused and self._may_begin()):
+                place.set_running(has_room)
             used += place.num_sequences
 
     def _grant(self) -> None:
@@ -157,9 +169,16 @@ class Gate:
         while self._waiting:
             place, granted = self._waiting[0]
             if not granted.done():
-                if self._allowed < 1 or (used and used + place.num_sequences > self._allowed):
+                if not self._has_room(used, place) or not self._may_begin():
                     return
                 self._places[place] = None
                 granted.set_result(None)
                 used += place.num_sequences
             self._waiting.popleft()
+
+    def _has_room(self, used: int, place: Place) -> bool:
+        return self._allowed > 0 and (not used or used + place.num_sequences <= self._allowed)
+
+    def _may_begin(self) -> bool:
+        num_beginning = sum(not place.has_begun and not place.is_paused for place in self._places)
+        return num_beginning < (1 if self._is_busy else max(2, self._allowed // STARTING))
