@@ -33,8 +33,10 @@ SAMPLING = {
     "seed": st.integers(-(2**63), 2**63 - 1),
     "max_tokens": INT32,
     "min_tokens": INT32,
-    "stop": st.lists(st.text(max_size=4) | st.just("s" * 1025), min_size=1, max_size=18),
-    "stop_token_ids": st.lists(st.integers(-1, 512), min_size=1, max_size=130),
+    "stop": st.lists(st.text(max_size=4) | st.just("s" * 1025), min_size=1, max_size=3)
+    | st.sampled_from([["a"] * 16, ["a"] * 17]),
+    "stop_token_ids": st.lists(st.integers(-1, 512), min_size=1, max_size=3)
+    | st.sampled_from([[*range(9, 9 + 128)], [*range(9, 9 + 129)]]),
     "ignore_eos": st.booleans(),
     "include_stop_str_in_output": st.booleans(),
     "skip_special_tokens": st.booleans(),
@@ -50,7 +52,13 @@ SAMPLING = {
     "length_penalty": FLOAT,
     "early_stopping": st.sampled_from([False, True, "never"]),
 }
-PROMPT = st.text(max_size=300) | st.lists(st.integers(-1, 513), max_size=4) | st.just([9] * 255) | st.just([9] * 256)
+PROMPT = (
+    st.text(max_size=30)
+    | st.sampled_from(["x" * 300, "größer 🙂 " * 30, "a\0b " * 60])
+    | st.lists(st.integers(-1, 513), max_size=4)
+    | st.just([9] * 255)
+    | st.just([9] * 256)
+)
 REQUEST = st.fixed_dictionaries(
     {"prompt": PROMPT},
     optional={
