@@ -77,7 +77,7 @@ def main() -> None:
     gc.disable()
     rows: list[tuple[Policy, str]] = [("fcfs", "none"), ("fcfs", "100x"), ("fair", "100x")]
     for budget in args.budgets:
-        capacity = Capacity(16_384, 16, args.max_num_seqs, budget, sum(map(max, shape)) + 1)
+        capacity = Capacity(40_000, 16, args.max_num_seqs, budget, sum(map(max, shape)) + 1)
         alone_ms = float("nan")
         for policy, neighbour in rows:
             scheduler = Scheduler([capacity] * args.num_replicas, policy=policy)

@@ -17,6 +17,7 @@ class FairQueue:
     """
 
     def __init__(self, meter: TenantMeter) -> None:
+        self.is_tight = False  # few slots are left: only tenants without running sequences are next
         self._meter = meter
         self._waiting: list[OrderedDict[int, Sequence]] = []  # by tenant's number, then by request id
         self._tokens: list[int] = []  # by tenant's number
@@ -38,6 +39,8 @@ class FairQueue:
     def peek(self) -> Sequence | None:
         if not self._len:
             return None
+        if self.is_tight:
+            return self.first(())
         levels = self._meter.service[: len(self._gates)] + self._gates
         number = int(levels.argmin())
         equal = np.flatnonzero(levels == levels[number])
@@ -47,7 +50,14 @@ class FairQueue:
 
     def first(self, passed: Container[Sequence]) -> Sequence | None:
         """The first that is not among those passed over."""
-        return next((sequence for sequence in self if sequence not in passed), None)
+        num_running = self._meter.num_running
+        for number in self._order():
+            if self.is_tight and num_running[number]:
+                continue
+            for sequence in self._waiting[number].values():
+                if sequence not in passed:
+                    return sequence
+        return None
 
     def push(self, sequence: Sequence) -> None:
         number = self._number(sequence)

@@ -4,8 +4,12 @@ There is no prefill phase and no decode phase. A step holds, within max_num_batc
 of everyone in the lane who decodes, the next chunks of prompts already begun, and first chunks of new sequences.
 """
 
+import sys
+
 from manta.scheduler.admission import Admission
 from manta.scheduler.draft import Draft
+from manta.scheduler.fair_queue import FairQueue
+from manta.scheduler.fair_share import FairShare
 from manta.scheduler.group import BeamGroup, listening
 from manta.scheduler.growth import give_blocks, last_in_rank
 from manta.scheduler.placement import Placement
@@ -32,6 +36,9 @@ class Planner:
         self._counters = counters
         self._events = events
         self._admission = Admission(replica, enable_chunked_prefill)
+        self._fair_share: FairShare | None = None
+        if isinstance(queue, FairQueue) and replica.meter is not None:
+            self._fair_share = FairShare(replica, queue, replica.meter)
 
     def plan(self) -> StepPlan | None:
         """The next step; None if there is nothing to run now or enough plans are unanswered. Lanes take turns;
@@ -59,6 +66,8 @@ class Planner:
                 num_tokens, has_room = self._admit_followers(draft, budget)
                 budget -= num_tokens
             if draft.lane.prefilling:
+                if self._fair_share is not None and self._queue and has_room:
+                    budget -= self._admit_ahead(self._fair_share, draft, budget)
                 budget -= self._continue_prefills(draft, budget)
             if self._queue and has_room:
                 self._admit(draft, budget)
@@ -68,15 +77,24 @@ class Planner:
                 return plan
         return None
 
-    @staticmethod
-    def _continue_prefills(draft: Draft, budget: int) -> int:
+    def _admit_ahead(self, fair_share: FairShare, draft: Draft, budget: int) -> int:
+        """One sequence at most. Returns how much of the budget it takes."""
+        if not fair_share.goes_ahead(list(draft.lane.prefilling.values())):
+            return 0
+        return self._admit(draft, fair_share.first_part(budget), max_num_seqs=1)
+
+    def _continue_prefills(self, draft: Draft, budget: int) -> int:
         """Returns how much of the budget they take."""
+        begun = [sequence for slot, sequence in draft.lane.prefilling.items() if slot not in draft.prefills]
+        if self._fair_share is not None and begun:
+            parts = self._fair_share.split(begun, budget)
+            for sequence, num_tokens in parts:
+                draft.add_prefill(sequence, num_tokens)
+            return sum(num_tokens for _, num_tokens in parts)
         left = budget
-        for sequence in draft.lane.prefilling.values():
+        for sequence in begun:
             if not left:
                 break
-            if sequence.slot in draft.prefills:  # it has just come
-                continue
             num_tokens = min(left, len(sequence.tokens) - sequence.num_planned)
             draft.add_prefill(sequence, num_tokens)
             left -= num_tokens
@@ -116,18 +134,22 @@ class Planner:
             for sequence in reversed(called[num_near:]):
                 self._queue.push_front(sequence)
 
-    def _admit(self, draft: Draft, budget: int) -> None:
-        placement = self._placement
-        while budget > 0 and self._admission.has_room(draft, len(self._queue)):
+    def _admit(self, draft: Draft, budget: int, max_num_seqs: int = sys.maxsize) -> int:
+        """Returns how much of the budget they take."""
+        placement, left = self._placement, budget
+        while left > 0 and max_num_seqs > 0 and self._admission.has_room(draft, len(self._queue)):
+            if self._fair_share is not None:
+                self._fair_share.look()
             sequence = self._queue.peek() if placement is None else placement.choose(self._replica.index)
             if sequence is None:
-                return
-            num_cached = self._admission.admit(sequence, draft, budget)
+                break
+            num_cached = self._admission.admit(sequence, draft, left)
             if num_cached < 0:
-                return
+                break
             self._queue.remove(sequence)
             sequence.passed_at.clear()
-            budget -= draft.prefills[sequence.slot].num_tokens
+            max_num_seqs -= 1
+            left -= draft.prefills[sequence.slot].num_tokens
             self._charge(sequence, 0 if sequence.started else len(sequence.tokens) - num_cached)
             if not sequence.started:
                 sequence.started = True
@@ -135,6 +157,7 @@ class Planner:
                 if self._replica.enable_prefix_caching:
                     self._counters.num_prefix_queries += len(sequence.tokens)
                     self._counters.num_prefix_hits += num_cached
+        return budget - left
 
     def _charge(self, sequence: Sequence, num_input: int) -> None:
         """Its tenant, for tokens of its prompt and for the one of output that follows."""

@@ -76,7 +76,8 @@ class Replica:
             self.num_admitted += 1
         self.residents[sequence.slot] = sequence
         if self.meter is not None:
-            self.tenants[sequence.slot] = self.meter.number(sequence.request.tenant)
+            number = self.tenants[sequence.slot] = self.meter.number(sequence.request.tenant)
+            self.meter.num_running[number] += 1
         self.stops.add(sequence.request.stop_token_ids)
         self.num_asking += sequence.request.asks_logprobs
         lane.join(sequence)
@@ -113,6 +114,8 @@ class Replica:
         self.stops.remove(sequence.request.stop_token_ids)
         self.num_asking -= sequence.request.asks_logprobs
         del self.residents[slot]
+        if self.meter is not None:
+            self.meter.num_running[self.tenants[slot]] -= 1
         self.frees.append(slot)
         sequence.slot = sequence.lane = -1
 

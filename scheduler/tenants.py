@@ -24,6 +24,7 @@ class TenantMeter:
         self._weights = weights
         self._numbers: dict[str, int] = {}
         self.service: NDArray[np.float64] = np.zeros(0)  # by number
+        self.num_running: list[int] = []  # sequences with slots, by number
         self._shares: NDArray[np.float64] = np.zeros(0)  # 1 / weight, by number
 
     def number(self, tenant: str) -> int:
@@ -31,6 +32,7 @@ class TenantMeter:
         if number is None:
             number = self._numbers[tenant] = len(self._numbers)
             self.service = np.append(self.service, 0.0)
+            self.num_running.append(0)
             self._shares = np.append(self._shares, 1 / self._weights.get(tenant, 1.0))
         return number
 
@@ -42,6 +44,11 @@ class TenantMeter:
         """A token of output for each of `numbers`, which may be there several times."""
         counts = np.bincount(numbers, minlength=len(self.service))
         self.service += OUTPUT_COST * counts * self._shares
+
+    def usage(self, tenant: str) -> float:
+        """Sequences that run now, divided by the weight."""
+        number = self.number(tenant)
+        return float(self.num_running[number] * self._shares[number])
 
     def lift(self, number: int, level: float) -> None:
         """What a tenant did not ask for while it was away, it cannot claim later."""

@@ -118,3 +118,33 @@ def test_a_full_queue_takes_what_is_within_a_tenants_share() -> None:
 def test_weights_are_above_0(weight: float) -> None:
     with pytest.raises(ValueError, match="'a'"):
         Scheduler([capacity()], policy="fair", tenant_weights={"a": weight})
+
+
+def test_a_light_tenants_prompt_does_not_wait_for_the_rest_of_a_long_one() -> None:
+    deployment = Deployment(capacity(num_blocks=256, max_num_batched_tokens=16, max_model_len=512), policy="fair")
+    deployment.add(request(2, 4, 60, tenant="noisy"))
+    deployment.add(request(0, 400, 4, tenant="noisy"))
+    deployment.step()
+    deployment.step()
+    deployment.add(request(1, 20, 4, tenant="light"))
+    deployment.step()
+    deployment.step()
+    assert len(deployment.tokens[1]) == 1
+    assert not deployment.tokens[0]
+    deployment.run()
+    deployment.assert_all_as_alone()
+
+
+def test_what_goes_ahead_leaves_the_others_a_part_of_each_step() -> None:
+    shape = capacity(num_blocks=1024, max_num_seqs=8, max_num_batched_tokens=16, max_model_len=512)
+    deployment = Deployment(shape, policy="fair")
+    deployment.add(request(0, 64, 4, tenant="noisy"))
+    deployment.step()
+    for id in range(1, 100):  # a tenant that always has a prompt to compute, and nothing that runs for long
+        deployment.add(request(id, 12, 1, tenant="light"))
+        deployment.step()
+        if deployment.tokens[0]:
+            break
+    assert id <= 64 // 4
+    deployment.run()
+    deployment.assert_all_as_alone()
