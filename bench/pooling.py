@@ -71,25 +71,27 @@ def decode_us(num_rows: int) -> list[float]:
 
 def compare_prompts(model: str, num_prompts: int, num_tokens: int) -> None:
     """Prints prompt tokens per second."""
+    from manta.cluster.embedding import VectorJob
+    from manta.cluster.engine.batch import Job
+    from manta.cluster.engine.types import UNSAMPLED, GenerationRequest
     from manta.cluster.llm import LLM
-    from manta.configs.sampling import SamplingParams
+    from manta.configs.pooling import Pooling
 
     prompts = np.random.default_rng(0).integers(10, 1000, (num_prompts, num_tokens)).tolist()
-    one_token = SamplingParams.model_validate({"max_tokens": 1, "temperature": 0.0, "ignore_eos": True})
+    last, mean = (Pooling(kind=kind, normalize=True, dimensions=64) for kind in ("last", "mean"))
     rates: dict[str, list[float]] = {"one token": [], "last": [], "mean": []}
-    for _ in range(2):
-        for kind in ("last", "mean"):
-            with LLM(
-                model, skip_tokenizer_init=True, device="cpu", enable_prefix_caching=False, max_model_len=1024,
-                kv_cache_memory_bytes="400MiB", pooling_type=kind,
-            ) as llm:  # fmt: skip
-                llm.embed(prompts[:2], use_tqdm=False)
+    with LLM(
+        model, skip_tokenizer_init=True, device="cpu", enable_prefix_caching=False, max_model_len=1024,
+        kv_cache_memory_bytes="400MiB",
+    ) as llm:  # fmt: skip
+        for _ in range(4):
+            for name, pooling in (("one token", None), ("last", last), ("mean", mean)):
+                requests = [GenerationRequest("", prompt, UNSAMPLED, pooling=pooling) for prompt in prompts]
+                jobs = [Job(request, 0, None) if pooling is None else VectorJob(request) for request in requests]
                 began = time.perf_counter()
-                llm.embed(prompts, use_tqdm=False)
-                rates[kind].append(num_prompts * num_tokens / (time.perf_counter() - began))
-                began = time.perf_counter()
-                llm.generate(prompts, one_token, use_tqdm=False)
-                rates["one token"].append(num_prompts * num_tokens / (time.perf_counter() - began))
+                llm._run_jobs(iter([[job] for job in jobs]), lambda _: None)
+                rates[name].append(num_prompts * num_tokens / (time.perf_counter() - began))
+    rates = {name: each[1:] for name, each in rates.items()}
     base = statistics.median(rates["one token"])
     for name, each in rates.items():
         print(f"{name:10} {statistics.median(each):8.0f} prompt tokens/s   {statistics.median(each) / base:5.2f} x")

@@ -62,7 +62,8 @@ class HostSteps:
             hidden = stage.model(self._inputs(batch), batch.metadata, stage.kv_cache, batch.sampled_tokens)
             return self._sample(batch, rows, hidden, NOTHING)
         kept, index, sampled = None, None, batch.sampled_tokens  # None: all
-        if asked is None and pieces is not None:
+        # Where most tokens count anyway, leaving out the others saves less than their attention by itself costs.
+        if asked is None and pieces is not None and 4 * pieces.tokens.size < rows.num_tokens.sum():
             last = np.cumsum(rows.num_tokens)[rows.sampled] - 1
             kept = np.union1d(last, pieces.tokens)
             index, sampled = upload([kept, np.searchsorted(kept, last)], stage.mesh.device)
