@@ -127,6 +127,24 @@ def test_prefix_cache_hits_are_reported() -> None:
     run(test())
 
 
+def test_conversations_stay_where_their_blocks_are() -> None:
+    async def test() -> None:
+        config = fake_config(data_parallel_size=2, max_num_seqs=4)
+        async with fake_deployment(config, make_worker=lambda: FakeWorker(step_s=0.002)) as deployment:
+            scheduler = deployment.engine.scheduler
+            prompts = [prompt_of(1, 404), prompt_of(2, 404)]
+            running = [asyncio.create_task(collect(deployment.client.generate(request(each, 40)))) for each in prompts]
+            await until(lambda: scheduler.num_running == 2, "both run")
+            assert {each.replica for each in scheduler.snapshot().sequences} == {0, 1}
+            await asyncio.gather(*running)
+            for prompt in [*prompts, *reversed(prompts)]:
+                _, last = await collect(deployment.client.generate(request([*prompt, 5], 2)))
+                assert last.num_cached_tokens == 400
+            deployment.engine.scheduler.check()
+
+    run(test())
+
+
 def test_leaving_the_iterator_aborts() -> None:
     async def test() -> None:
         async with fake_deployment(make_worker=lambda: FakeWorker(step_s=0.01)) as deployment:
