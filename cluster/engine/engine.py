@@ -166,7 +166,8 @@ class Engine:
         refused = self._refusal()
         if refused is None and submit.sampling.HasField("grammar"):
             ready = partial(self._enqueue, frontend, submit, request_id)
-            refused = self._grammars.hold(request_id, submit.sampling.grammar, ready)
+            grammar = submit.sampling.grammar
+            refused = self._grammars.hold(request_id, grammar, ready, resubmitted=submit.resubmitted)
             if refused is None:
                 return
         self._enqueue(frontend, submit, request_id, refused)

@@ -32,10 +32,12 @@ class GrammarGate:
         self._compiling: dict[tuple[int, str], asyncio.Task[pb.Refused | None]] = {}
         self._slots = asyncio.Semaphore(NUM_AT_ONCE)
 
-    def hold(self, request_id: int, grammar: Grammar, ready: Ready) -> pb.Refused | None:
+    def hold(
+        self, request_id: int, grammar: Grammar, ready: Ready, *, resubmitted: bool = False
+    ) -> pb.Refused | None:
         """Calls `ready` when workers can follow the grammar, or with the reason why not. Returns a reason at once when
-        too many wait."""
-        if len(self._waiting) >= MAX_WAITING:
+        too many wait; one that was accepted before is never too many."""
+        if len(self._waiting) >= MAX_WAITING and not resubmitted:
             message = f"{MAX_WAITING} requests wait for their grammars to be compiled"
             return pb.Refused(code=pb.Refused.QUEUE_FULL, message=message, retry_after_s=_RETRY_AFTER_S)
         self._waiting[request_id] = ready
@@ -76,7 +78,7 @@ class GrammarGate:
         async with self._slots:
             stubs = [stub for group in self._groups for stub in group.stubs[group.output_rank :]]
             errors = await asyncio.gather(*(_compile_on(stub, grammar) for stub in stubs))
-        if not errors:  # workers that come later compile it when it reaches them
+        if not errors:
             return None
         invalid = next((error for error in errors if error and error.code == pb.Refused.INVALID), None)
         if invalid is not None or None in errors:  # a replica that is lost takes no requests
@@ -85,9 +87,16 @@ class GrammarGate:
 
 
 async def _compile_on(stub: Any, grammar: Grammar) -> pb.Refused | None:
+    """None, too, for a worker that is gone: those that come in its place compile the grammar when it reaches them."""
     try:
         await stub.Compile(worker_pb2.CompileRequest(grammar=grammar), timeout=TIMEOUT_S)
+    except asyncio.CancelledError:
+        if (task := asyncio.current_task()) is not None and task.cancelling():
+            raise
+        return None  # not this task was cancelled: the worker has been replaced and its channel closed
     except grpc.aio.AioRpcError as error:
+        if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
+            return None
         if error.code() is grpc.StatusCode.INVALID_ARGUMENT:
             return pb.Refused(code=pb.Refused.INVALID, message=error.details() or "the grammar cannot be followed")
         if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:

@@ -7,6 +7,8 @@ import pytest
 from manta.cluster.engine import grammars
 from manta.cluster.engine.client import InvalidRequestError, QueueFullError
 from manta.cluster.engine.types import GenerationRequest
+from manta.protos import engine_pb2 as pb
+from manta.protos.sampling_pb2 import Grammar
 from tests.support.fake_deployment import collect, fake_config, fake_deployment, request, run, until
 from tests.support.fake_worker_server import BAD_GRAMMAR, fake_tokens
 
@@ -94,5 +96,47 @@ def test_a_lost_replica_does_not_keep_others_from_following() -> None:
             await deployment.servers[1][0].stop()
             tokens, _ = await collect(deployment.client.generate(following("a+", [4, 5], 3)))
             assert tokens == fake_tokens([4, 5], 3, 0)
+
+    run(test())
+
+
+@pytest.mark.parametrize("ends_first", [True, False], ids=["dead", "closed"])
+def test_who_waits_for_workers_that_are_replaced_goes_on_with_others(ends_first: bool) -> None:
+    async def test() -> None:
+        async with fake_deployment(replaces_workers=True) as deployment:
+            (worker,), (server,) = deployment.workers[0], deployment.servers[0]
+            worker.compiles.clear()
+            waiting = asyncio.create_task(collect(deployment.client.generate(following("a+", [4, 5], 3))))
+            await until(lambda: worker.compiled == ["a+"], "the worker is asked to compile")
+            if ends_first:
+                await server.stop()
+                await until(lambda: bool(deployment.lost), "the loss is noticed")
+                late = asyncio.create_task(collect(deployment.client.generate(following("b+", [6], 3))))
+                await until(lambda: deployment.engine.scheduler.num_waiting == 2, "both are queued")
+            else:
+                late = waiting
+            await deployment.add(0)
+            async with asyncio.timeout(10):
+                assert (await waiting)[0] == fake_tokens([4, 5], 3, 0)
+                await late
+            worker.compiles.set()
+            await server.stop()
+            await deployment.settled()
+
+    run(test())
+
+
+def test_what_was_accepted_before_is_never_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammars, "MAX_WAITING", 1)
+
+    async def test() -> None:
+        gate = grammars.GrammarGate([])
+        told: list[pb.Refused | None] = []
+        assert gate.hold(1, Grammar(text="a"), told.append) is None
+        assert gate.hold(2, Grammar(text="b"), told.append, resubmitted=True) is None
+        refused = gate.hold(3, Grammar(text="c"), told.append)
+        assert refused is not None
+        assert refused.code == pb.Refused.QUEUE_FULL
+        await until(lambda: told == [None, None], "both are released")
 
     run(test())
