@@ -32,9 +32,7 @@ class GrammarGate:
         self._compiling: dict[tuple[int, str], asyncio.Task[pb.Refused | None]] = {}
         self._slots = asyncio.Semaphore(NUM_AT_ONCE)
 
-    def hold(
-        self, request_id: int, grammar: Grammar, ready: Ready, *, resubmitted: bool = False
-    ) -> pb.Refused | None:
+    def hold(self, request_id: int, grammar: Grammar, ready: Ready, *, resubmitted: bool = False) -> pb.Refused | None:
         """Calls `ready` when workers can follow the grammar, or with the reason why not. Returns a reason at once when
         too many wait; one that was accepted before is never too many."""
         if len(self._waiting) >= MAX_WAITING and not resubmitted:
