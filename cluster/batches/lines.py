@@ -6,6 +6,8 @@ from typing import Any
 
 import orjson
 
+from manta.cluster.nesting import deep_field, too_deep
+
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/messages")
 
 
@@ -42,6 +44,9 @@ def read_line(line: bytes, number: int, endpoint: str | None = None) -> BatchReq
     if not isinstance(value, dict):
         message = f"line {number} must be a JSON object with custom_id, url and body"
         raise BatchLineError(message, code="invalid_json_line")
+    deep = deep_field(line, value)
+    if deep is not None:
+        raise BatchLineError(f"line {number}: {too_deep(deep)}", None, deep, "invalid_json_line")
     custom_id = value.get("custom_id")
     if not isinstance(custom_id, str) or not custom_id:
         raise BatchLineError(f"line {number}: custom_id must be a string that is not empty", None, "custom_id")

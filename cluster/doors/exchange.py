@@ -13,6 +13,7 @@ from starlette.types import Message, Receive, Scope, Send
 from manta.cluster.doors import patience
 from manta.cluster.doors.errors import Kind, RequestError, from_engine, internal
 from manta.cluster.engine.client import EngineError
+from manta.cluster.nesting import deep_field, too_deep
 
 JSON = b"application/json"
 DONE = b"data: [DONE]\n\n"
@@ -130,6 +131,9 @@ async def read_json(scope: Scope, receive: Receive) -> dict[str, Any]:
         raise RequestError(f"the body is not valid JSON: {error}", code="invalid_json")
     if not isinstance(value, dict):
         raise RequestError(f"the body must be a JSON object, not {type(value).__name__}", code="invalid_json")
+    deep = deep_field(body, value)
+    if deep is not None:
+        raise RequestError(too_deep(deep), deep, "invalid_json")
     return value
 
 

@@ -6,6 +6,7 @@ import orjson
 
 from manta.cluster.doors.errors import RequestError
 from manta.cluster.doors.rpc_sampling import check_enum
+from manta.cluster.nesting import deep_field, too_deep
 from manta.protos import inference_pb2 as pb
 
 _SWITCHES = (
@@ -84,6 +85,9 @@ def _response_format(wanted: pb.ResponseFormat) -> dict[str, Any]:
 
 def _read_json(text: str, param: str) -> Any:
     try:
-        return orjson.loads(text)
+        value = orjson.loads(text)
     except orjson.JSONDecodeError as error:
         raise RequestError(f"{param} is not valid JSON: {error}", param, "invalid_json")
+    if deep_field(text.encode(), {param: value}):
+        raise RequestError(too_deep(param), param, "invalid_json")
+    return value

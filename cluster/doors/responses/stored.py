@@ -1,5 +1,6 @@
 """What can be done with a response that was stored: read it or its input, follow its events, cancel it, delete it."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -95,6 +96,6 @@ def _as_bool(text: str, param: str) -> bool:
 
 
 def _as_int(text: str, param: str, low: int, high: int) -> int:
-    if not text.removeprefix("-").isdecimal() or not low <= int(text[:12]) <= high:
+    if not re.fullmatch("-?[0-9]{1,12}", text) or not low <= int(text) <= high:
         raise RequestError(f"{param} must be a number from {low} to {high}, not {shown(text)}", param)
     return int(text)

@@ -99,6 +99,7 @@ async def _abort(doors: DoorThread, request_id: str) -> bool:
         (b'{"prompt": "\\ud800"}', {}, 400, "invalid_json"),
         (b'{"prompt": NaN}', {}, 400, "invalid_json"),
         (b"[" * 100_000, {}, 400, "invalid_json"),
+        (b'{"prompt": ' + b"[" * 1000 + b"]" * 1000 + b"}", {}, 400, "invalid_json"),
         (b'{"prompt": "x"}', {"content-type": "text/plain"}, 400, "invalid_content_type"),
         (b" " * (32 * 2**20 + 1), {}, 413, "request_too_large"),
     ],
