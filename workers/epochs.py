@@ -10,15 +10,18 @@ class RefusedPlanError(RuntimeError):
 class EpochGuard:
     """Owns epoch and step number. A higher epoch is always taken and begins with step 1."""
 
-    def __init__(self) -> None:
+    def __init__(self, after: tuple[int, int] = (0, 0)) -> None:
+        """after: epoch and step of the last plan that was taken before this guard; it takes any epoch."""
+        self._after = after
         self._epoch = 0
         self._step = 0
         self._failure = ""
 
     @property
     def position(self) -> tuple[int, int]:
-        """Epoch and step of the last plan that was taken; zeros before the first."""
-        return self._epoch, self._step
+        """Epoch and step of the last plan that was taken, by the guard before if this one took none: whoever asks again
+        hears the same. Zeros before the first."""
+        return (self._epoch, self._step) if self._epoch else self._after
 
     def admit(self, plan: StepPlan) -> bool:
         """True if the plan opens a new epoch, so that the rank must forget the old one. Raises RefusedPlanError."""

@@ -90,7 +90,8 @@ class WorkerService(WorkerServicer):
     def Start(self, request: pb.StartRequest, context: grpc.ServicerContext) -> pb.StartResponse:
         began_s = time.perf_counter()
         try:
-            epoch, step = self._compute.call(partial(self._start, request.num_blocks))
+            with self._lease.call():  # warming up may take minutes
+                epoch, step = self._compute.call(partial(self._start, request.num_blocks))
         except Exception as error:
             self._abort(context, error)
             raise
@@ -173,7 +174,7 @@ class WorkerService(WorkerServicer):
             raise OrderError(f"Start came a second time, for {num_blocks} blocks where there are {self._num_blocks}")
         else:
             self._runner.clear()
-            self._guard = EpochGuard()
+            self._guard = EpochGuard(after=position)
         return position
 
     def _read(self, runner: "Runner", guard: EpochGuard, plans: Iterator[pb.StepPlan], answers: Answers) -> None:

@@ -23,6 +23,7 @@ _CALL_TIMEOUT_S = 1.5
 _NUM_SILENT = 3  # calls that the scheduler may leave unanswered: it never blocks, but its host may be loaded
 _LOAD_TIMEOUT_S = 3600.0
 _RETRY_S = 1.0
+_PATIENCE_S = 20.0  # of a scheduler for workers that are being started, where there are others: nodes may take minutes
 _JOIN_TIMEOUT_S = 10.0
 
 _SCHEDULER: Part = ("scheduler", 0)
@@ -57,11 +58,13 @@ class Keeper:
 
     def look(self) -> str | None:
         """Starts what is to be started again; returns why the deployment cannot go on, if so."""
+        with self._changed:
+            busy = set(self._repairs)  # what is seen of them now may be over when it has been seen
         broken, load = self._broken()
         with self._changed:
-            self._scale(load)
+            self._scale(None if busy else load)
             for part in sorted(broken, key=lambda part: part == _SCHEDULER):  # it waits for workers that are started
-                if part not in self._repairs and part not in self._given_up:
+                if part not in busy and part not in self._repairs and part not in self._given_up:
                     self._begin(part, broken[part])
             return self._why_over()
 
@@ -149,7 +152,7 @@ class Keeper:
         """Until the part serves, or has failed too often."""
         for attempt in range(1, self._config.restart_limit + 1):
             try:
-                self._start_again(part)
+                self._start_again(part, is_retry=attempt > 1)
                 _tell(f"{_name(part)} serves again after {self._clock() - began_s:.1f} s")
                 break
             except (LaunchError, grpc.RpcError) as error:
@@ -173,20 +176,43 @@ class Keeper:
             self._spawning.discard(part[1] if part[0] == "worker" else -1)
             self._changed.notify_all()
 
-    def _start_again(self, part: Part) -> None:
+    def _start_again(self, part: Part, is_retry: bool) -> None:
         role, index = part
         if role == "worker":
             self._replace_workers(index)
         elif role == "scheduler":
-            self._wait_until(lambda: not self._spawning)  # it looks for workers once, as it starts
-            if not any(self._workers):  # of an idle deployment; it needs one that knows the model
-                self._workers[0] = self._launcher.replace_workers(self._config, 0)
+            others_in_s = _PATIENCE_S if self._others_than_spawning() else None
+            self._wait_until(lambda: not self._spawning, others_in_s)  # it looks for workers once, as it starts
+            if is_retry or not any(self._workers):
+                self._renew_one()
             self._launcher.replace_scheduler(self._config, self._workers)
         else:
             self._wait_until(lambda: _SCHEDULER not in self._repairs)
             self._launcher.replace_frontend(self._config, index)
 
+    def _others_than_spawning(self) -> bool:
+        with self._changed:
+            return any(workers for replica, workers in enumerate(self._workers) if replica not in self._spawning)
+
+    def _renew_one(self) -> None:
+        """New workers for a replica, unless another one gets some already: a scheduler needs one that can go on. It
+        finds none in an idle deployment, and maybe none where all have failed it once."""
+        with self._changed:
+            if self._closed or any(role == "worker" for role, _ in self._repairs):
+                return
+            replica = next((i for i in range(len(self._workers)) if ("worker", i) not in self._given_up), None)
+            if replica is None:
+                return
+            self._repairs["worker", replica] = threading.current_thread()  # nobody else repairs it meanwhile
+        try:
+            self._workers[replica] = self._launcher.replace_workers(self._config, replica)
+        finally:
+            with self._changed:
+                del self._repairs["worker", replica]
+
     def _replace_workers(self, replica: int) -> None:
+        with self._changed:
+            self._spawning.add(replica)  # again, where it is not the first attempt
         self._workers[replica] = self._launcher.replace_workers(self._config, replica)
         with self._changed:
             self._spawning.discard(replica)
@@ -195,9 +221,9 @@ class Keeper:
         request = pb.ReplaceWorkersRequest(replica=replica, workers=self._workers[replica])
         self._engine.ReplaceWorkers(request, timeout=_LOAD_TIMEOUT_S, wait_for_ready=True)
 
-    def _wait_until(self, condition: Callable[[], bool]) -> None:
+    def _wait_until(self, condition: Callable[[], bool], timeout_s: float | None = None) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or condition())
+            self._changed.wait_for(lambda: self._closed or condition(), timeout_s)
 
     def _give_up(self, part: Part, reason: str) -> None:
         """`_changed` is held. Requests that wait for a replica hear that none will come."""

@@ -191,6 +191,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         self.device: FakeDevice | None = None
         self.links: LinkServer | None = None
         self._config: ServeConfig | None = None
+        self._last = (0, 0)  # epoch and step before the last Start
         self._num_queued = 0
         self._idle_from_s = time.perf_counter()
 
@@ -213,10 +214,11 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         assert self._config is not None
         while self.links is not None and self._num_queued:  # as a real one, it first does what has come over links
             await asyncio.sleep(0.001)
-        last = self.device or FakeDevice(0, 0)
+        if self.device is not None and self.device.epoch:
+            self._last = self.device.epoch, self.device.step
         self.started_blocks = request.num_blocks
         self.device = FakeDevice(request.num_blocks, self._config.block_size)
-        return pb.StartResponse(warmup_s=0.0, last_epoch=last.epoch, last_step=last.step)
+        return pb.StartResponse(warmup_s=0.0, last_epoch=self._last[0], last_step=self._last[1])
 
     async def Compile(self, request: pb.CompileRequest, context: Any) -> pb.CompileResponse:
         self.compiled.append(request.grammar.text)

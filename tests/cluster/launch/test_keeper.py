@@ -25,11 +25,14 @@ class Engine(engine_pb2_grpc.EngineServicer):
         self.refuses = ""
         self.silent = False
         self.may_answer = threading.Event()
+        self.before_answer: Callable[[], None] = lambda: None
 
     def GetLoad(self, request: pb.LoadRequest, context: grpc.ServicerContext) -> pb.LoadResponse:
         if self.silent:
             self.may_answer.wait(20)
-        return pb.LoadResponse(replicas=self.replicas, num_waiting=self.num_waiting)
+        load = pb.LoadResponse(replicas=self.replicas, num_waiting=self.num_waiting)
+        self.before_answer()
+        return load
 
     def ReplaceWorkers(
         self, request: pb.ReplaceWorkersRequest, context: grpc.ServicerContext
@@ -62,6 +65,8 @@ class FakeLauncher:
         self.errors: list[str] = []  # of the next starts
         self.may_start = threading.Event()
         self.may_start.set()
+        self.may_start_workers = threading.Event()
+        self.may_start_workers.set()
         self._engine = engine
         self._num_started = 0
 
@@ -74,6 +79,7 @@ class FakeLauncher:
         return self._num_started
 
     def replace_workers(self, config: ServeConfig, replica: int) -> list[str]:
+        assert self.may_start_workers.wait(20)
         return [f"new:{self._start(('worker', replica))}"]
 
     def stop_workers(self, replica: int) -> None:
@@ -181,6 +187,52 @@ def test_a_dead_scheduler_is_started_for_the_workers_that_there_are_by_then(make
     world.look_until(lambda: len(world.engine.done) == 2)
     world.settle()
     assert world.engine.done == ["scheduler for [['old:0'], ['new:1']]", "replica 1 gets new:1"]
+
+
+def test_a_scheduler_that_found_no_workers_to_go_on_with_gets_new_ones(
+    make: Callable[..., World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("manta.cluster.launch.keeper._RETRY_S", 0.0)
+    world = make()
+    world.launcher.errors = ["all ranks are in the midst of another scheduler's steps"]
+    world.launcher.dead["scheduler", 0] = "killed"
+    world.look_until(lambda: bool(world.engine.done))
+    world.settle()
+    assert world.engine.done == ["scheduler for [['new:2'], ['old:1']]"]
+
+
+def test_a_dead_scheduler_does_not_wait_for_ever_for_workers_where_there_are_others(
+    make: Callable[..., World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("manta.cluster.launch.keeper._PATIENCE_S", 0.1)
+    world = make()
+    world.launcher.may_start_workers.clear()
+    world.launcher.dead["worker", 1] = world.launcher.dead["scheduler", 0] = "killed"
+    world.look_until(lambda: bool(world.engine.done))
+    assert world.engine.done == ["scheduler for [['old:0'], ['old:1']]"]
+    world.launcher.may_start_workers.set()
+    world.look_until(lambda: len(world.engine.done) == 2)
+    world.settle()
+    assert world.engine.done[1] == "replica 1 gets new:2"
+
+
+def test_what_was_seen_before_a_repair_ended_begins_no_other(make: Callable[..., World]) -> None:
+    world = make()
+    world.launcher.may_start.clear()
+    world.engine.replicas[0].state = pb.ReplicaLoad.LOST
+    world.look_until(lambda: bool(world.keeper._repairs))
+    (repair,) = world.keeper._repairs.values()
+
+    def end_repair() -> None:
+        world.launcher.may_start.set()
+        repair.join(20)
+
+    world.engine.before_answer = end_repair
+    world.keeper.look()
+    world.engine.before_answer = lambda: None
+    assert not world.keeper._repairs
+    world.keeper.look()
+    assert world.engine.done == ["replica 0 gets new:1"]
 
 
 def test_a_silent_scheduler_is_replaced(make: Callable[..., World], monkeypatch: pytest.MonkeyPatch) -> None:
