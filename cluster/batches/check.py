@@ -1,5 +1,6 @@
 """The check of an input file, line by line, before a batch of it begins."""
 
+import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,8 @@ class InputCheck:
         request = read_line(data, number, self._endpoint)
         first = self._seen.setdefault(request.custom_id, number)
         if first != number:
-            message = f"line {number}: custom_id {request.custom_id!r} is that of line {first}, too; it must be unique"
+            shown = reprlib.repr(request.custom_id)
+            message = f"line {number}: custom_id {shown} is that of line {first}, too; it must be unique"
             raise BatchLineError(message, request.custom_id, "custom_id", "duplicate_custom_id")
         self.num_requests += 1
         if self.num_requests > MAX_REQUESTS:

@@ -1,5 +1,6 @@
 """Lines of a batch file as the OpenAI API has them: what one asks for, and the line that answers it."""
 
+import reprlib
 import uuid
 from dataclasses import dataclass
 from typing import Any
@@ -21,8 +22,8 @@ class BatchRequest:
 
 
 class BatchLineError(ValueError):
-    """The line is no request; the message is one sentence. `param` names the field at fault, `code` is a word for
-    programs."""
+    """The line is no request; the message is one sentence, a short one, as it is kept with the batch. `param` names the
+    field at fault, `code` is a word for programs."""
 
     def __init__(
         self, message: str, custom_id: str | None = None, param: str | None = None, code: str = "invalid_request"
@@ -51,14 +52,14 @@ def read_line(line: bytes, number: int, endpoint: str | None = None) -> BatchReq
     if not isinstance(custom_id, str) or not custom_id:
         raise BatchLineError(f"line {number}: custom_id must be a string that is not empty", None, "custom_id")
     if value.get("method", "POST") != "POST":
-        message = f'line {number}: method must be "POST", not {value["method"]!r}'
+        message = f'line {number}: method must be "POST", not {reprlib.repr(value["method"])}'
         raise BatchLineError(message, custom_id, "method")
     url = value.get("url")
     if url not in ENDPOINTS:
-        message = f"line {number}: url must be one of {', '.join(ENDPOINTS)}, not {url!r}"
+        message = f"line {number}: url must be one of {', '.join(ENDPOINTS)}, not {reprlib.repr(url)}"
         raise BatchLineError(message, custom_id, "url", "invalid_url")
     if endpoint is not None and url != endpoint:
-        message = f"line {number}: url is {url!r} and the batch's endpoint {endpoint!r}; they must be equal"
+        message = f"line {number}: url is {reprlib.repr(url)} and the batch's endpoint {endpoint!r}; they must be equal"
         raise BatchLineError(message, custom_id, "url", "url_mismatch")
     body = value.get("body")
     if not isinstance(body, dict):

@@ -11,6 +11,7 @@ from manta.cluster.doors.errors import Kind, RequestError
 from manta.cluster.doors.responses.events import EventLog
 from manta.cluster.doors.responses.items import Item
 from manta.cluster.doors.responses.run import Run
+from manta.cluster.doors.validate import shown
 
 OVERHEAD_BYTES = 1024  # of one response in this process, beside the JSON texts
 
@@ -182,6 +183,6 @@ class ResponseStore:
 
 def not_found(response_id: str, param: str) -> RequestError:
     message = (
-        f"there is no response {response_id!r}: it was not stored, was deleted, or had to make room for newer ones"
+        f"there is no response {shown(response_id)}: it was not stored, was deleted, or had to make room for newer ones"
     )
     return RequestError(message, param, "response_not_found", Kind.NOT_FOUND)

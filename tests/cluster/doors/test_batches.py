@@ -123,6 +123,8 @@ BAD_FILES: list[tuple[list[Any], list[tuple[str, int | None, str]]]] = [
     ([line("a"), line("b"), line("a")], [("duplicate_custom_id", 3, "line 1")]),
     ([line("a", "/v1/chat/completions")], [("url_mismatch", 1, "/v1/chat/completions")]),
     ([line("a", "/v1/images")], [("invalid_url", 1, "/v1/images")]),
+    ([line("a", "x" * 1000), line("b" * 1000), line("b" * 1000)],
+     [("invalid_url", 1, "xxx"), ("duplicate_custom_id", 3, "bbb")]),
     ([{"url": "/v1/completions", "body": {}}, line("b", stream=True), {"custom_id": "c", "url": "/v1/completions"}],
      [("invalid_request", 1, "custom_id"), ("invalid_request", 2, "stream"), ("invalid_request", 3, "body")]),
     ([line("a") | {"method": "GET"}], [("invalid_request", 1, "method")]),
@@ -140,6 +142,7 @@ def test_a_malformed_file_fails_with_its_lines(
     assert done.failed_at is not None
     assert done.errors is not None
     assert [(each.code, each.line) for each in done.errors.data or []] == [each[:2] for each in expected]
+    assert all(len(each.message or "") < 300 for each in done.errors.data or [])
     for each, (_, _, named) in zip(done.errors.data or [], expected, strict=True):
         assert named in (each.message or "")
     assert shared.client.submitted == []
