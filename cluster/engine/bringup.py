@@ -4,7 +4,8 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -19,6 +20,7 @@ from manta.scheduler.types import Capacity
 logger = logging.getLogger(__name__)
 
 _DESCRIBE_TIMEOUT_S = 60.0  # a worker imports torch before it serves
+_CALL_EVERY_S = 30.0  # a worker that waits for slower ones ends when nobody calls it (workers/lease.py)
 _Response = TypeVar("_Response")
 
 
@@ -65,7 +67,8 @@ async def bring_up(config: ServeConfig, spec: ModelSpec, addresses: list[list[st
     output_rank = (config.pipeline_parallel_size - 1) * config.tensor_parallel_size
     groups = [WorkerGroup(replica, output_rank) for replica in addresses]
     try:
-        deployment = await _bring_up_groups(config, spec, groups)
+        async with waited_for(groups):
+            deployment = await _bring_up_groups(config, spec, groups)
         deployment.leave_room(config)
         return deployment
     except BaseException:
@@ -162,6 +165,24 @@ def capacity_of(config: ServeConfig, num_blocks: int, max_model_len: int) -> Cap
         max_model_len=max_model_len,
         num_lanes=config.pipeline_parallel_size,
     )
+
+
+@asynccontextmanager
+async def waited_for(groups: Sequence[WorkerGroup]) -> AsyncIterator[None]:
+    """Lets workers know meanwhile that somebody needs them: the last one may load minutes longer than the first."""
+
+    async def call() -> None:
+        while True:
+            await asyncio.sleep(_CALL_EVERY_S)
+            calls = [group.check(_CALL_EVERY_S) for group in groups]
+            await asyncio.gather(*calls, return_exceptions=True)  # who is gone fails where it is needed
+
+    task = asyncio.create_task(call())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 async def describe_ranks(group: WorkerGroup, *, are_up: bool = False) -> list[pb.DescribeResponse]:

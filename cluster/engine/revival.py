@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 
 from manta.cluster.engine.bringup import (
     BringUpError,
@@ -15,6 +15,7 @@ from manta.cluster.engine.bringup import (
     fit_context,
     load_ranks,
     start_ranks,
+    waited_for,
 )
 from manta.cluster.engine.workers import WorkerError, WorkerGroup
 from manta.configs.model import ModelSpec
@@ -24,6 +25,7 @@ from manta.protos import worker_pb2 as pb
 logger = logging.getLogger(__name__)
 
 _FEWER_BLOCKS = 0.9  # memory that is free varies a little from one start to the next
+_OTHERS_TIMEOUT_S = 30.0  # for replicas that have to load the model, when there is one that serves
 _START_TIMEOUT_S = 20.0  # of a worker that has nothing to load, but may be in the midst of a step
 
 
@@ -37,7 +39,8 @@ async def replace_workers(config: ServeConfig, deployment: Deployment, replica: 
         described = await describe_ranks(group, are_up=True)
         others = [other.addresses for index, other in enumerate(deployment.groups) if index != replica]
         hosts = count_ranks(config, [*others, group.addresses])
-        loaded = await load_ranks(config, group, described, hosts)
+        async with waited_for([group]):
+            loaded = await load_ranks(config, group, described, hosts)
         needed = deployment.capacities[replica].num_blocks
         offered = agree_on_blocks(config, [response.num_blocks for response in loaded])
         if offered < _FEWER_BLOCKS * needed:
@@ -64,7 +67,8 @@ async def find_workers(config: ServeConfig, spec: ModelSpec, addresses: list[lis
     described = await asyncio.gather(*(describe_ranks(group, are_up=True) for group in groups), return_exceptions=True)
     hosts = count_ranks(config, addresses)
     reviving = [_find(config, group, ranks, hosts) for group, ranks in zip(groups, described, strict=True)]
-    found = await asyncio.gather(*reviving, return_exceptions=True)
+    async with waited_for(groups):
+        found = await _outcomes(reviving, groups)
     lost, loaded = {}, {}
     for replica, outcome in enumerate(found):
         if not addresses[replica]:
@@ -95,6 +99,29 @@ async def find_workers(config: ServeConfig, spec: ModelSpec, addresses: list[lis
         bytes_per_block=max(rank.bytes_per_block for rank in responses),
         lost=lost,
     )
+
+
+async def _outcomes(
+    reviving: Sequence[Coroutine[None, None, list[pb.LoadResponse]]], groups: Sequence[WorkerGroup]
+) -> list[list[pb.LoadResponse] | BaseException]:
+    """What came of each. Requests wait: once one can serve, those that load the model get a limited time."""
+    tasks = [asyncio.create_task(each) for each in reviving]
+    left, timeout_s = set(tasks), None
+    try:
+        while left:
+            done, left = await asyncio.wait(left, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            if not done:
+                break
+            if any(task.exception() is None and task.result() for task in done):
+                timeout_s = _OTHERS_TIMEOUT_S
+    finally:
+        for task in tasks:
+            task.cancel()
+    outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+    return [
+        WorkerError(0, group.addresses[0], "still loads the model") if task in left else outcome
+        for task, group, outcome in zip(tasks, groups, outcomes, strict=True)
+    ]
 
 
 async def _find(

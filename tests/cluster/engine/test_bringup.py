@@ -44,6 +44,33 @@ def test_ranks_are_numbered_stage_by_stage_and_the_smallest_decides() -> None:
     run(test())
 
 
+def test_who_has_loaded_hears_of_us_while_others_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that hears nothing for minutes ends."""
+    monkeypatch.setattr("manta.cluster.engine.bringup._CALL_EVERY_S", 0.01)
+    enough = asyncio.Event()
+
+    class Heard(FakeWorker):
+        num_calls = 0
+
+        async def Describe(self, request: Any, context: Any) -> Any:
+            self.num_calls += self.load is not None
+            if self.num_calls == 3:
+                enough.set()
+            return await super().Describe(request, context)
+
+    class Slow(FakeWorker):
+        async def Load(self, request: Any, context: Any) -> Any:
+            await enough.wait()
+            return await super().Load(request, context)
+
+    async def test() -> None:
+        async with fake_workers(Heard(), Slow()) as (first, second), asyncio.timeout(20):
+            deployment = await bring_up(fake_config(data_parallel_size=2), fake_spec(), [[first], [second]])
+            await deployment.close()
+
+    run(test())
+
+
 def test_a_failing_rank_is_one_sentence_and_nobody_waits_for_the_others() -> None:
     class Stuck(FakeWorker):
         async def Load(self, request: Any, context: Any) -> Any:

@@ -3,6 +3,7 @@ than a pause."""
 
 import asyncio
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -207,6 +208,29 @@ def test_a_replica_that_is_gone_is_left_out_by_the_new_scheduler() -> None:
                 assert tokens == fake_tokens([i], 60, seed=i)
             await deployment.replace(1)
             assert all(replica.state == pb.ReplicaLoad.SERVING for replica in deployment.engine.load().replicas)
+
+    run(test())
+
+
+def test_a_new_scheduler_does_not_wait_for_a_replica_that_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("manta.cluster.engine.revival._OTHERS_TIMEOUT_S", 0.2)
+
+    class Loads(Slow):
+        async def Load(self, request: Any, context: Any) -> Any:
+            if self.load is not None:
+                await asyncio.Event().wait()
+            return await super().Load(request, context)
+
+    async def test() -> None:
+        async with fake_deployment(fake_config(data_parallel_size=2), make_worker=Loads) as deployment:
+            deployment.workers[0][0].load = None
+            await deployment.kill_engine()
+            await deployment.start_engine_anew()
+            load = deployment.engine.load()
+            assert [each.state for each in load.replicas] == [pb.ReplicaLoad.SERVING, pb.ReplicaLoad.LOST]
+            assert load.replicas[1].detail.endswith("still loads the model")
+            tokens, _ = await collect(deployment.client.generate(request([1], 5)))
+            assert tokens == fake_tokens([1], 5, seed=0)
 
     run(test())
 
