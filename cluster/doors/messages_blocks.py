@@ -46,14 +46,19 @@ def _messages_of(message: Any, where: str, calls: set[str]) -> list[Message]:
 
 def _turn_of_user(blocks: list[dict[str, Any]], where: str, calls: set[str]) -> list[Message]:
     chat: list[Message] = []
+    texts: list[str] = []  # of the latest message, joined at once: a turn may have a million blocks
     for index, block in enumerate(blocks):
         place = f"{where}[{index}]"
-        if _kind(block, place, _OF_USERS) == "tool_result":
+        is_result = _kind(block, place, _OF_USERS) == "tool_result"
+        if is_result and texts:
+            chat.append({"role": "user", "content": "\n".join(texts)})
+            texts = []
+        if is_result:
             chat.append(_result(block, place, calls))
-        elif chat and chat[-1]["role"] == "user":
-            chat[-1]["content"] += "\n" + _string(block, "text", place)
         else:
-            chat.append({"role": "user", "content": _string(block, "text", place)})
+            texts.append(_string(block, "text", place))
+    if texts:
+        chat.append({"role": "user", "content": "\n".join(texts)})
     return chat or [{"role": "user", "content": ""}]
 
 

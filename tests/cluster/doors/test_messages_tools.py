@@ -11,6 +11,7 @@ import httpx
 import pytest
 from transformers import AutoTokenizer
 
+from manta.cluster.doors.messages_blocks import chat_messages
 from tests.cluster.doors.test_tools import AUTO, CALL, TEMPLATE, TOOL
 from tests.support.door_server import DoorThread
 from tests.support.fake_client import FakeClient
@@ -285,3 +286,14 @@ def test_the_example_of_the_document(folder: Path, capsys: pytest.CaptureFixture
         source = source.replace("http://localhost:8000", doors.base_url).replace("Qwen/Qwen3-1.7B", "tiny")
         exec(compile(source, "messages.md", "exec"), {})
     assert capsys.readouterr().out == "It is sunny.\n"
+
+
+def test_blocks_of_a_turn_are_joined_between_results() -> None:
+    """A million of them, too: copied for each that follows, they would hold up the frontend for minutes."""
+    text, result = {"type": "text", "text": "x"}, {"type": "tool_result", "tool_use_id": "t", "content": "r"}
+    call = {"type": "tool_use", "id": "t", "name": "n", "input": {}}
+    many = [{"role": "user", "content": [text] * 1_000_000}]
+    assert chat_messages({"messages": many}) == [{"role": "user", "content": "\n".join("x" * 1_000_000)}]
+    turns = [{"role": "assistant", "content": [call]}, {"role": "user", "content": [text, result, text, text, result]}]
+    roles = [(each["role"], each["content"]) for each in chat_messages({"messages": turns})]
+    assert roles == [("assistant", ""), ("user", "x"), ("tool", "r"), ("user", "x\nx"), ("tool", "r")]
