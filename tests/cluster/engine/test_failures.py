@@ -40,7 +40,7 @@ def test_ranks_out_of_step_are_not_used_again(sizes: dict[str, int], rank: int) 
     """What one rank has not computed the others wait for; the next epoch's collectives would meet the old ones."""
 
     async def test() -> None:
-        async with fake_deployment(fake_config(data_parallel_size=2, **sizes)) as deployment:
+        async with fake_deployment(fake_config(data_parallel_size=2, max_num_seqs=4, **sizes)) as deployment:
             deployment.workers[0][rank].fail_at_step = 9
             requests = [request([i, i + 1], 30, seed=i) for i in range(8)]
             results = await asyncio.gather(*(collect(deployment.client.generate(one)) for one in requests))
