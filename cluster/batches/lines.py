@@ -2,6 +2,7 @@
 
 import reprlib
 import uuid
+from codecs import BOM_UTF8
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +39,7 @@ def read_line(line: bytes, number: int, endpoint: str | None = None) -> BatchReq
     """The request on line `number`, counted from 1; its url must be `endpoint`, if that is given. Raises
     BatchLineError."""
     try:
-        value = orjson.loads(line)
+        value = orjson.loads(line.removeprefix(BOM_UTF8) if number == 1 else line)  # some editors write it
     except orjson.JSONDecodeError as error:
         message = f"line {number} is not valid JSON: {error}"
         raise BatchLineError(message, code="invalid_json_line") from None

@@ -8,6 +8,7 @@ from manta.cluster.doors.response_format import apply_response_format
 from manta.cluster.doors.responses.settings import effort_arguments
 from manta.cluster.doors.responses.small_objects import check_object
 from manta.cluster.doors.text import Tokenizer
+from manta.cluster.doors.tools.request import check_num_tools
 from manta.cluster.doors.validate import check_bool, check_int, shown
 from manta.configs.schema import ServeConfig
 
@@ -27,6 +28,7 @@ def tool_fields(given: dict[str, Any]) -> dict[str, Any]:
     tools = given.get("tools", [])
     if not isinstance(tools, list):
         raise RequestError(f"tools must be a list, not {shown(tools)}", "tools", "invalid_type")
+    check_num_tools(tools)
     chat: dict[str, Any] = {"tools": [_tool(tool, f"tools[{index}]") for index, tool in enumerate(tools)]}
     choice = given.get("tool_choice")
     if choice is None:

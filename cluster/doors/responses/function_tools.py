@@ -3,7 +3,7 @@
 from typing import Any
 
 from manta.cluster.doors.errors import RequestError
-from manta.cluster.doors.tools.request import read_tools
+from manta.cluster.doors.tools.request import check_num_tools, read_tools
 from manta.cluster.doors.validate import shown
 
 _FUNCTION_FIELDS = ("name", "description", "parameters", "strict")
@@ -15,6 +15,7 @@ def chat_tools(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     tools = given.get("tools", [])
     if not isinstance(tools, list):
         raise RequestError(f"tools must be a list, not {shown(tools)}", "tools", "invalid_type")
+    check_num_tools(tools)
     functions = [_function(tool, f"tools[{index}]") for index, tool in enumerate(tools)]
     choice = given.get("tool_choice", "auto")
     chat: dict[str, Any] = {"tools": functions}

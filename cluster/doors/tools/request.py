@@ -7,6 +7,7 @@ from manta.cluster.doors.errors import RequestError
 from manta.cluster.doors.validate import check_bool, shown
 
 MAX_NAME_CHARACTERS = 128
+MAX_TOOLS = 1024
 _CHOICES = ("none", "auto", "required")
 
 
@@ -29,6 +30,7 @@ def read_tools(given: dict[str, Any]) -> ToolRequest:
     tools = given.get("tools", [])
     if not isinstance(tools, list):
         raise RequestError(f"tools must be a list, not {shown(tools)}", "tools", "invalid_type")
+    check_num_tools(tools)
     names = [_check_tool(tool, f"tools[{index}]") for index, tool in enumerate(tools)]
     is_parallel = check_bool(given.get("parallel_tool_calls", True), "parallel_tool_calls")
     choice = given.get("tool_choice", "auto")
@@ -43,6 +45,11 @@ def read_tools(given: dict[str, Any]) -> ToolRequest:
     if name not in names:
         raise RequestError(f"tool_choice names the function {shown(name)}, which is not in tools", "tool_choice")
     return ToolRequest(tools, "named", name, is_parallel)
+
+
+def check_num_tools(tools: list[Any]) -> None:
+    if len(tools) > MAX_TOOLS:
+        raise RequestError(f"tools has {len(tools)} entries, more than {MAX_TOOLS}", "tools")
 
 
 def _named(choice: Any) -> str:

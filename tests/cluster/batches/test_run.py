@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from manta.cluster.batches import run
+from manta.cluster.batches.lines import BatchLineError, read_line
 from manta.cluster.batches.run import Counts, SendError, run_lines
 
 
@@ -115,6 +116,13 @@ def test_an_output_that_cannot_be_written_ends_the_batch() -> None:
     with pytest.raises(OSError, match="No space left"):
         asyncio.run(go())
     assert FakeServer().num_running == 0
+
+
+def test_a_file_may_begin_with_a_byte_order_mark() -> None:
+    line = b'\xef\xbb\xbf{"custom_id": "a", "url": "/v1/completions", "body": {}}'
+    assert read_line(line, 1).custom_id == "a"
+    with pytest.raises(BatchLineError, match="not valid JSON"):
+        read_line(line, 2)
 
 
 def test_lines_are_read_as_they_are_needed() -> None:

@@ -247,6 +247,7 @@ def test_templates_that_join_arguments_get_texts(folder: Path) -> None:
     ("fields", "param", "words"),
     [
         ({"tools": "x"}, "tools", "list"),
+        ({"tools": [TOOL] * 1025}, "tools", "more than 1024"),
         ({"tools": [{"type": "function"}]}, "tools[0]", "function"),
         ({"tools": [{"type": "function", "function": {"name": ""}}]}, "tools[0].function.name", "1 to 128"),
         (
