@@ -21,8 +21,8 @@ MIB = 2**20
 def folder(tmp_path: Path) -> Path:
     """Tensors whose names are in another order than their bytes: safetensors puts wide dtypes first."""
     first = {"b": torch.zeros(4, dtype=torch.float16), "a": torch.zeros(4), "c": torch.zeros(2, dtype=torch.int8)}
-    save_file(first, tmp_path / "model-1.safetensors")
-    save_file({"0": torch.arange(6.0)}, tmp_path / "model-2.safetensors")
+    save_file({f"model.{name}": tensor for name, tensor in first.items()}, tmp_path / "model-1.safetensors")
+    save_file({"model.0": torch.arange(6.0)}, tmp_path / "model-2.safetensors")
     return tmp_path
 
 
@@ -30,15 +30,16 @@ def folder(tmp_path: Path) -> Path:
 def test_files_in_order_and_in_them_offsets(folder: Path, ahead: bool, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     with Checkpoint(folder) as checkpoint:
-        assert list(in_disk_order(checkpoint, ["0", "c", "b", "a"], ahead=ahead)) == ["a", "b", "c", "0"]
-        assert list(in_disk_order(checkpoint, ["c", "a"], ahead=ahead)) == ["a", "c"]
+        names = [f"model.{name}" for name in "abc0"]
+        assert list(in_disk_order(checkpoint, names[::-1], ahead=ahead)) == names
+        assert list(in_disk_order(checkpoint, ["model.c", "model.a"], ahead=ahead)) == ["model.a", "model.c"]
     assert "read 0.00 GiB of weights in" in caplog.text
 
 
 def test_extents_are_where_the_bytes_are(folder: Path) -> None:
     with Checkpoint(folder) as checkpoint:
-        extent = checkpoint.extent("0")
-        assert checkpoint.extent("a").end == checkpoint.extent("b").begin
+        extent = checkpoint.extent("model.0")
+        assert checkpoint.extent("model.a").end == checkpoint.extent("model.b").begin
     stored = extent.path.read_bytes()[extent.begin : extent.end]
     assert torch.frombuffer(bytearray(stored), dtype=torch.float32).tolist() == [0, 1, 2, 3, 4, 5]
 
@@ -47,7 +48,7 @@ def test_a_file_that_lost_its_header_is_named(folder: Path) -> None:
     with Checkpoint(folder) as checkpoint:
         (folder / "model-2.safetensors").write_bytes(b"\xff" * 20)
         with pytest.raises(WeightError, match=r"model-2\.safetensors cannot be read as safetensors: it has no header"):
-            checkpoint.extent("0")
+            checkpoint.extent("model.0")
 
 
 def test_reading_stays_within_the_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
