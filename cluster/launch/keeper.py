@@ -141,7 +141,8 @@ class Keeper:
         times = self._failed_s.setdefault(part, deque(maxlen=limit))
         times.append(self._clock())
         if len(times) == limit and times[-1] - times[0] <= WITHIN_S:
-            self._give_up(part, f"{reason} ({limit} times within {WITHIN_S:.0f} s)")
+            how_often = f" ({limit} times within {WITHIN_S:.0f} s)" if limit > 1 else ""
+            self._give_up(part, reason + how_often)
             return
         _tell(f"{reason}; {_name(part)} is started again")
         if part[0] == "worker":
