@@ -121,22 +121,13 @@ class StreamTable:
     def resubmits(self) -> list[pb.FrontendMessage]:
         """What to tell an engine that knows of no open request, so that each goes on from the token it is at."""
         messages = []
-        for stream in self._streams.values():
-            if stream.finished is not None or stream.error is not None:
-                continue
+        unended = {stream.handle: stream for stream in self._streams.values() if not (stream.finished or stream.error)}
+        for stream in unended.values():
             if stream.request.beams is None:
                 messages.append(pb.FrontendMessage(submit=_resubmit(stream)))
-            elif all(handle >= stream.handle for handle in stream.handles if handle in self._streams):
-                messages += self._resubmit_search(stream)
+            elif stream.handle == min(unended.keys() & stream.handles):
+                messages += _resubmit_search(stream, unended)
         return messages
-
-    def _resubmit_search(self, stream: RequestStream) -> list[pb.FrontendMessage]:
-        """A search has told nothing before its end: it begins anew, for those that still listen."""
-        submit = build_submit(stream.handles[0], stream.request, len(stream.handles))
-        submit.resubmitted = True
-        gone = [handle for handle in stream.handles if handle not in self._streams]
-        messages = [pb.FrontendMessage(submit=submit)]
-        return [*messages, pb.FrontendMessage(abort=pb.Abort(handles=gone))] if gone else messages
 
     def fail_all(self, make_error: Callable[[], EngineError]) -> None:
         """Ends every open request with an error of its own."""
@@ -237,6 +228,15 @@ def build_submit(handle: int, request: GenerationRequest, num_sequences: int = 1
         num_sequences=num_sequences if num_sequences > 1 else 0,
         beams=None if request.beams is None else _encode_beams(request.beams),
     )
+
+
+def _resubmit_search(stream: RequestStream, unended: dict[int, RequestStream]) -> list[pb.FrontendMessage]:
+    """A search has told nothing before its end: it begins anew, for those that still wait."""
+    submit = build_submit(stream.handles[0], stream.request, len(stream.handles))
+    submit.resubmitted = True
+    gone = [handle for handle in stream.handles if handle not in unended]
+    messages = [pb.FrontendMessage(submit=submit)]
+    return [*messages, pb.FrontendMessage(abort=pb.Abort(handles=gone))] if gone else messages
 
 
 def _resubmit(stream: RequestStream) -> pb.Submit:
