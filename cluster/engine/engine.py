@@ -275,7 +275,7 @@ class Engine:
             await loop.run(on_requeue=self._wake)
         except Exception as error:
             logger.exception("the step loop of replica %d failed", loop.index)
-            self._give_up(f"internal error: {error!r}")
+            self._give_up_all(f"internal error: {error!r}")
             return
         reason = str(loop.lost_reason)
         logger.error("replica %d is lost: %s", loop.index, reason)
@@ -284,7 +284,7 @@ class Engine:
         if not self._replaces_workers:
             self.give_up(loop.index, reason)
 
-    def _give_up(self, reason: str) -> None:
+    def _give_up_all(self, reason: str) -> None:
         """After a bug nothing that the scheduler holds can be trusted, and no request may hang for it."""
         for loop in self._loops:
             loop.lost_reason = loop.lost_reason or reason
