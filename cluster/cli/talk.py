@@ -40,7 +40,7 @@ def _parser(command: str, description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"manta {command}", description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--url", default="http://127.0.0.1:8000/v1", help="server, with its /v1")
+    parser.add_argument("--url", default="http://127.0.0.1:8000/v1", help="server, with or without its /v1")
     parser.add_argument("--model", help="name of the model; the first the server lists if unset")
     parser.add_argument("-q", "--quick", metavar="TEXT", help="send this one message, print the answer and exit")
     parser.add_argument("--api-key", default="", help="sent as a bearer token; that of OPENAI_API_KEY if unset")
@@ -90,7 +90,7 @@ class _Server:
 
     def __init__(self, args: argparse.Namespace) -> None:
         headers = bearer(args.api_key)
-        self._url = args.url.rstrip("/")
+        self._url = args.url.rstrip("/").removesuffix("/v1") + "/v1"
         self._client = httpx.Client(headers=headers, timeout=httpx.Timeout(None, connect=_CONNECT_TIMEOUT_S))
         self._settings = {"temperature": args.temperature, "max_tokens": args.max_tokens, "stream": True}
         self._model: str | None = args.model

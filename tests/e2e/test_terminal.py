@@ -25,7 +25,7 @@ def test_chat(server: ServerProcess) -> None:
 
 
 def test_complete(server: ServerProcess) -> None:
-    done = _manta("complete", "--url", f"{server.url}/v1", "--quick", "SELECT", "--max-tokens", "4")
+    done = _manta("complete", "--url", server.url, "--quick", "SELECT", "--max-tokens", "4")
     assert done.returncode == 0, done.stderr
 
 
