@@ -141,6 +141,9 @@ class ServeConfig(BaseModel):
         None, "Batches", "folder on a local disk for /v1/files and /v1/batches, which do not exist without it"
     )
     max_batch_file_bytes: ByteSize = option(ByteSize(200 * 2**20), "Batches", "bytes of an uploaded file", ge=1)
+    max_batch_bytes: ByteSize = option(
+        ByteSize(10 * 2**30), "Batches", "bytes of a tenant's files; beyond them uploads are refused", ge=1
+    )
     max_num_batch_seqs: int = option(
         8, "Batches", "sequences of batches that run beside other requests; alone they may take nearly all slots", ge=0
     )

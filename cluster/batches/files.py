@@ -48,6 +48,10 @@ class FileInUseError(Exception):
     """An unfinished batch reads the file; the message is the id of the batch."""
 
 
+class QuotaError(Exception):
+    """The tenant's files would hold more bytes than it may have."""
+
+
 def new_file_id() -> str:
     return f"file-{secrets.token_hex(12)}"
 
@@ -101,6 +105,20 @@ def insert_file(connection: sqlite3.Connection, record: FileRecord) -> None:
         "INSERT INTO files (id, tenant, purpose, name, num_bytes, created_s, expires_s) VALUES (?, ?, ?, ?, ?, ?, ?)",
         (record.id, record.tenant, record.purpose, record.name, record.num_bytes, record.created_s, record.expires_s),
     )
+
+
+def insert_upload(connection: sqlite3.Connection, record: FileRecord, max_tenant_bytes: int) -> None:
+    """Raises QuotaError."""
+    if num_bytes_of(connection, record.tenant) + record.num_bytes > max_tenant_bytes:
+        raise QuotaError
+    insert_file(connection, record)
+
+
+def num_bytes_of(connection: sqlite3.Connection, tenant: str) -> int:
+    """Of all files of a tenant, those that batches have written included."""
+    query = "SELECT COALESCE(SUM(num_bytes), 0) FROM files WHERE tenant = ?"
+    (num_bytes,) = connection.execute(query, (tenant,)).fetchone()
+    return int(num_bytes)
 
 
 def get_file(connection: sqlite3.Connection, tenant: str, file_id: str) -> FileRecord | None:

@@ -13,6 +13,7 @@ class BatchStore:
 
     database: Database
     max_file_bytes: int  # of an upload
+    max_tenant_bytes: int  # of the files of a tenant
     news: asyncio.Event = field(default_factory=asyncio.Event)  # set when there may be something to do
 
     @property
@@ -20,12 +21,12 @@ class BatchStore:
         return self.database.folder
 
     @classmethod
-    async def open(cls, folder: Path, max_file_bytes: int) -> "BatchStore":
+    async def open(cls, folder: Path, max_file_bytes: int, max_tenant_bytes: int) -> "BatchStore":
         """Raises StorageError."""
         await asyncio.to_thread(open_folder, folder)
         database = Database(folder)
         await database.open()
-        return cls(database, max_file_bytes)
+        return cls(database, max_file_bytes, max_tenant_bytes)
 
     async def close(self) -> None:
         await self.database.close()

@@ -20,7 +20,8 @@ async def open_store(config: ServeConfig) -> BatchStore | None:
     """None without --batch-dir. Raises StorageError."""
     if config.batch_dir is None:
         return None
-    return await BatchStore.open(Path(config.batch_dir).expanduser(), config.max_batch_file_bytes)
+    folder = Path(config.batch_dir).expanduser()
+    return await BatchStore.open(folder, config.max_batch_file_bytes, config.max_batch_bytes)
 
 
 def new_keeper(service: Service, store: BatchStore) -> Keeper:

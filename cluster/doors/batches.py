@@ -14,6 +14,7 @@ from manta.cluster.batches.lines import ENDPOINTS
 from manta.cluster.batches.records import BatchRecord, Status, get_batch, insert_batch, list_batches, set_status
 from manta.cluster.batches.store import BatchStore
 from manta.cluster.doors.caller import current_tenant
+from manta.cluster.doors.checks import check_int, shown
 from manta.cluster.doors.errors import Kind, RequestError
 from manta.cluster.doors.exchange import ClientGoneError, read_json
 from manta.cluster.doors.fields import unknown_field
@@ -22,7 +23,6 @@ from manta.cluster.doors.local_calls import post_routes
 from manta.cluster.doors.state import json_response
 from manta.cluster.doors.stored import missing, opened, page, read_limit, telling
 from manta.cluster.doors.uploads import LIFETIMES_S
-from manta.cluster.doors.validate import check_int, shown
 
 MAX_LISTED, DEFAULT_LISTED = 100, 20
 LONGEST_WINDOW_S = 30 * 86400

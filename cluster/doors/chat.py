@@ -8,6 +8,7 @@ import orjson
 from manta.cluster.doors import fields
 from manta.cluster.doors.answer import AnswerPlan, AnswerReader, delta_body, message_body, plan_answer
 from manta.cluster.doors.chat_format import check_messages, render_chat
+from manta.cluster.doors.checks import check_bool, check_int, shown
 from manta.cluster.doors.errors import RequestError
 from manta.cluster.doors.exchange import Reply
 from manta.cluster.doors.logprob_format import TokenNames, chat_logprobs, prompt_logprobs
@@ -27,7 +28,7 @@ from manta.cluster.doors.service import Service
 from manta.cluster.doors.text import Tokenizer
 from manta.cluster.doors.tools.constraint import force_calls
 from manta.cluster.doors.tools.request import ToolRequest, read_tools
-from manta.cluster.doors.validate import Ask, Resolved, check_bool, check_int, shown
+from manta.cluster.doors.validate import Ask, Resolved
 from manta.configs.sampling import MAX_LOGPROBS
 
 THREAD_MESSAGES = 200  # more are rendered in a thread; a template takes some 20 to 50 us for each

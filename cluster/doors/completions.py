@@ -5,6 +5,7 @@ from typing import Any
 import orjson
 
 from manta.cluster.doors import fields
+from manta.cluster.doors.checks import check_bool
 from manta.cluster.doors.exchange import Reply
 from manta.cluster.doors.logprob_format import CompletionLogprobs, TokenNames, prompt_logprobs
 from manta.cluster.doors.openai_call import (
@@ -21,7 +22,7 @@ from manta.cluster.doors.output import Delta
 from manta.cluster.doors.response_format import apply_response_format
 from manta.cluster.doors.service import Service
 from manta.cluster.doors.text import Tokenizer
-from manta.cluster.doors.validate import Ask, Resolved, check_bool
+from manta.cluster.doors.validate import Ask, Resolved
 from manta.cluster.engine.logprobs import Records
 
 

@@ -8,13 +8,13 @@ import orjson
 
 from manta.cluster.doors import fields
 from manta.cluster.doors.chat import chat_prompt
+from manta.cluster.doors.checks import shown
 from manta.cluster.doors.errors import RequestError
 from manta.cluster.doors.exchange import Reply
 from manta.cluster.doors.openai_call import new_head, read_fields, read_request_id
 from manta.cluster.doors.pooling import PoolingAsk, Vector, run_pooling
 from manta.cluster.doors.service import Service
 from manta.cluster.doors.tools.request import read_tools
-from manta.cluster.doors.validate import shown
 
 _ASKED = ("model", "dimensions", "normalize", "truncate_prompt_tokens", "add_special_tokens", "priority", "cache_salt")
 

@@ -179,13 +179,13 @@ class Abortable(Protocol):
 
 
 class Running:
-    """The calls under way in this frontend, by id; both doors share it."""
+    """The calls under way in this frontend, by tenant and id; both doors share it."""
 
     def __init__(self, client: Client, tokenizer: Tokenizer) -> None:
         self.is_draining = False
         self._client = client
         self._tokenizer = tokenizer
-        self._calls: dict[str, Abortable] = {}
+        self._calls: dict[tuple[str, str], Abortable] = {}
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -193,7 +193,7 @@ class Running:
         return len(self._calls)
 
     def __contains__(self, request_id: str) -> bool:
-        return request_id in self._calls
+        return (current_tenant(), request_id) in self._calls
 
     @contextlib.contextmanager
     def call(self, request_id: str, resolved: Resolved) -> Iterator[Call]:
@@ -206,15 +206,16 @@ class Running:
     def track(self, request_id: str, call: Abortable) -> Iterator[None]:
         """As `call`, for one that is there already."""
         self.check_open()
-        if request_id in self._calls:
+        key = call.tenant, request_id
+        if key in self._calls:
             message = f"request_id {request_id!r} is in use by a running request"
             raise RequestError(message, "request_id", "duplicate_request_id", Kind.DUPLICATE)
-        self._calls[request_id] = call
+        self._calls[key] = call
         self._idle.clear()
         try:
             yield
         finally:
-            del self._calls[request_id]
+            del self._calls[key]
             if not self._calls:
                 self._idle.set()
 
@@ -224,9 +225,9 @@ class Running:
             raise draining()
 
     def abort(self, request_id: str) -> bool:
-        """False when no such call is running, or one of another tenant."""
-        call = self._calls.get(request_id)
-        if call is None or call.tenant != current_tenant():
+        """False when the tenant at the door has no such call running."""
+        call = self._calls.get((current_tenant(), request_id))
+        if call is None:
             return False
         call.abort()
         return True

@@ -6,6 +6,7 @@ from typing import Any
 
 from manta.cluster.doors.answer import AnswerPlan
 from manta.cluster.doors.chat import read_long_chat
+from manta.cluster.doors.checks import check_bool
 from manta.cluster.doors.errors import RequestError
 from manta.cluster.doors.exchange import Reply, error_headers
 from manta.cluster.doors.messages_blocks import chat_messages
@@ -24,7 +25,7 @@ from manta.cluster.doors.output import Delta
 from manta.cluster.doors.responses.reading import AnswerReading
 from manta.cluster.doors.service import Service
 from manta.cluster.doors.usage import Usage
-from manta.cluster.doors.validate import Ask, Resolved, check_bool
+from manta.cluster.doors.validate import Ask, Resolved
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from manta.cluster.doors.checks import shown
 from manta.cluster.doors.errors import RequestError
-from manta.cluster.doors.validate import shown
 
 _OF_USERS = ("text", "tool_result")
 _OF_ASSISTANTS = ("text", "tool_use", "thinking")

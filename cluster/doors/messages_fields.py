@@ -1,15 +1,16 @@
 """Fields of a Messages call that are about tools, thinking and the form of answers, as fields of a chat call."""
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
+from manta.cluster.doors.checks import check_bool, check_int, shown
 from manta.cluster.doors.errors import RequestError
 from manta.cluster.doors.response_format import apply_response_format
 from manta.cluster.doors.responses.settings import effort_arguments
 from manta.cluster.doors.responses.small_objects import check_object
 from manta.cluster.doors.text import Tokenizer
 from manta.cluster.doors.tools.request import check_num_tools
-from manta.cluster.doors.validate import check_bool, check_int, shown
 from manta.configs.schema import ServeConfig
 
 _TOOL_FIELDS = {"type", "name", "description", "input_schema", "cache_control", "strict", "eager_input_streaming"}
@@ -125,4 +126,8 @@ def retold(error: RequestError) -> RequestError:
     ):
         error.message = error.message.replace(ours, theirs)
         error.param = error.param and error.param.replace(ours, theirs)
+    if error.param is not None and re.fullmatch(r"stop(\[\d+\])?", error.param):
+        named = error.param.replace("stop", "stop_sequences")
+        error.message = error.message.replace(error.param, named, 1)
+        error.param = named
     return error

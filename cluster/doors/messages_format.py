@@ -2,9 +2,9 @@
 
 from typing import Any
 
+from manta.cluster.doors.checks import shown
 from manta.cluster.doors.errors import Kind, RequestError
 from manta.cluster.doors.fields import unknown_field
-from manta.cluster.doors.validate import shown
 
 _SAMPLING = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "max_tokens": "max_tokens"}
 _COUNTED = frozenset({"model", "messages", "system", "tools", "tool_choice", "thinking", "output_config"})

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import orjson
 
+from manta.cluster.doors.checks import check_bool, shown
 from manta.cluster.doors.errors import RequestError
 from manta.cluster.doors.exchange import Reply, is_request_id
 from manta.cluster.doors.fields import check_fields
@@ -16,7 +17,7 @@ from manta.cluster.doors.generation import IndexedDelta
 from manta.cluster.doors.output import Delta
 from manta.cluster.doors.service import Service
 from manta.cluster.doors.usage import Usage
-from manta.cluster.doors.validate import Resolved, check_bool, shown
+from manta.cluster.doors.validate import Resolved
 from manta.cluster.engine.logprobs import Records, no_records
 
 HEADERS_AFTER_S = 1.0  # a refusal by the engine comes sooner and still gets its own HTTP status

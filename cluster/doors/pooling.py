@@ -10,17 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from manta.cluster.doors.caller import current_tenant, with_callers_salt
+from manta.cluster.doors.checks import INT32, Prompt, check_bool, check_int, check_prompts, check_salt
 from manta.cluster.doors.errors import Kind, RequestError, from_engine
 from manta.cluster.doors.service import Service
-from manta.cluster.doors.validate import (
-    INT32,
-    Prompt,
-    Validator,
-    check_bool,
-    check_int,
-    check_prompts,
-    check_salt,
-)
+from manta.cluster.doors.validate import Validator
 from manta.cluster.engine.client import Client, EngineError
 from manta.cluster.engine.types import UNSAMPLED, GenerationRequest, TokenChunk
 from manta.configs.pooling import Pooling, PoolingParams

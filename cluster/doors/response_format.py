@@ -5,8 +5,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from manta.cluster.doors.checks import check_bool, shown
 from manta.cluster.doors.errors import RequestError
-from manta.cluster.doors.validate import check_bool, shown
 from manta.configs.structured_outputs import StructuredOutputsParams
 
 _KNOWN = {"name", "schema", "strict", "description"}

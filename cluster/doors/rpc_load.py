@@ -3,8 +3,8 @@
 import asyncio
 from collections.abc import AsyncGenerator
 
+from manta.cluster.doors.checks import check_int
 from manta.cluster.doors.state import answer_in_time
-from manta.cluster.doors.validate import check_int
 from manta.cluster.engine.client import Client
 from manta.protos import engine_pb2
 from manta.protos import inference_pb2 as pb

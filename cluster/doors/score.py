@@ -5,12 +5,12 @@ from typing import Any
 import numpy as np
 
 from manta.cluster.doors import fields
+from manta.cluster.doors.checks import check_prompts
 from manta.cluster.doors.errors import RequestError
 from manta.cluster.doors.exchange import Reply
 from manta.cluster.doors.openai_call import new_head, read_fields, read_request_id
 from manta.cluster.doors.pooling import MAX_INPUTS, PoolingAsk, run_pooling
 from manta.cluster.doors.service import Service
-from manta.cluster.doors.validate import check_prompts
 from manta.cluster.engine.outputs import cosine
 
 _ASKED = ("model", "truncate_prompt_tokens", "add_special_tokens", "priority", "cache_salt")

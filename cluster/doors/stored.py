@@ -9,8 +9,8 @@ from starlette.requests import Request
 
 from manta.cluster.batches.database import StorageError
 from manta.cluster.batches.store import BatchStore
+from manta.cluster.doors.checks import check_int, shown
 from manta.cluster.doors.errors import Kind, RequestError
-from manta.cluster.doors.validate import check_int, shown
 
 
 class Listed(Protocol):

@@ -4,12 +4,12 @@ from typing import Any
 
 from manta.cluster.doors import fields
 from manta.cluster.doors.chat import chat_prompt
+from manta.cluster.doors.checks import check_bool, shown
 from manta.cluster.doors.errors import RequestError
 from manta.cluster.doors.exchange import Reply
 from manta.cluster.doors.fields import check_fields
 from manta.cluster.doors.service import Service
 from manta.cluster.doors.tools.request import read_tools
-from manta.cluster.doors.validate import check_bool, shown
 
 
 class Tokenize:

@@ -8,14 +8,21 @@ from collections.abc import AsyncIterator
 from starlette.requests import Request
 
 from manta.cluster.batches.database import StorageError, storage_error
-from manta.cluster.batches.files import FileRecord, NewFile, insert_file, remove_contents
+from manta.cluster.batches.files import (
+    FileRecord,
+    NewFile,
+    QuotaError,
+    insert_upload,
+    num_bytes_of,
+    remove_contents,
+)
 from manta.cluster.batches.store import BatchStore
 from manta.cluster.doors import patience
 from manta.cluster.doors.caller import current_tenant
+from manta.cluster.doors.checks import check_int, shown
 from manta.cluster.doors.errors import Kind, RequestError
 from manta.cluster.doors.fields import unknown_field
 from manta.cluster.doors.multipart import Event, MultipartError, MultipartReader, PartBegin, PartData, read_boundary
-from manta.cluster.doors.validate import check_int, shown
 
 LIFETIMES_S = (3600, 30 * 86400)  # that a client may give a file, as in the OpenAI API
 _MAX_VALUE_BYTES = 1024  # of a field that is no file
@@ -31,9 +38,12 @@ async def receive_upload(request: Request, store: BatchStore) -> FileRecord:
     length = request.headers.get("content-length", "")
     if length.isdigit() and int(length) > store.max_file_bytes + _FORM_BYTES:
         raise _too_large(store)
+    room = store.max_tenant_bytes - await store.database.read(num_bytes_of, current_tenant())
+    if length.isdigit() and int(length) > room + _FORM_BYTES:
+        raise _quota_used(store)
     try:
         with NewFile(store.folder) as file:
-            form = _Form(file, store)
+            form = _Form(file, store, room)
             async for piece in _pieces(request):
                 for event in _read(reader, piece):
                     await form.take(event)
@@ -45,19 +55,20 @@ async def receive_upload(request: Request, store: BatchStore) -> FileRecord:
     except OSError as error:
         raise storage_error(store.folder, error) from None
     try:
-        await store.database.write(insert_file, record)
-    except StorageError:
+        await store.database.write(insert_upload, record, store.max_tenant_bytes)
+    except (StorageError, QuotaError) as error:
         await asyncio.to_thread(remove_contents, store.folder, [record.id])
-        raise
+        raise _quota_used(store) if isinstance(error, QuotaError) else error
     return record
 
 
 class _Form:
     """What has come of a form so far."""
 
-    def __init__(self, file: NewFile, store: BatchStore) -> None:
+    def __init__(self, file: NewFile, store: BatchStore, room_bytes: int) -> None:
         self._file = file
         self._store = store
+        self._room_bytes = room_bytes  # that the tenant may still fill
         self._values: dict[str, bytearray] = {}
         self._name: str | None = None  # of the file
         self._num_bytes = 0  # of the file
@@ -115,6 +126,8 @@ class _Form:
         self._num_bytes += len(data)
         if self._num_bytes > self._store.max_file_bytes:
             raise _too_large(self._store)
+        if self._num_bytes > self._room_bytes:
+            raise _quota_used(self._store)
         self._unwritten.append(data)
         self._num_unwritten_bytes += len(data)
         if self._num_unwritten_bytes >= _WRITE_BYTES:
@@ -164,3 +177,11 @@ async def _pieces(request: Request) -> AsyncIterator[bytes]:
 def _too_large(store: BatchStore) -> RequestError:
     message = f"the file is larger than {store.max_file_bytes} bytes, the limit of this server (--max-batch-file-bytes)"
     return RequestError(message, "file", "request_too_large", Kind.TOO_LARGE)
+
+
+def _quota_used(store: BatchStore) -> RequestError:
+    message = (
+        f"your files would hold more than {store.max_tenant_bytes} bytes, the limit of this server "
+        f"(--max-batch-bytes); delete some first"
+    )
+    return RequestError(message, "file", "quota_exceeded", Kind.TOO_LARGE)

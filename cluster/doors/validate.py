@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from manta.cluster.doors.bad_words import tokenize_bad_words
 from manta.cluster.doors.caller import current_tenant, with_callers_salt
+from manta.cluster.doors.checks import INT32, Prompt, check_bool, check_int, check_prompts, check_salt, shown
 from manta.cluster.doors.errors import Kind, RequestError
 from manta.cluster.doors.grammar_check import GrammarChecker
 from manta.cluster.doors.limits import ModelLimits
@@ -25,14 +26,10 @@ from manta.configs.model import NO_LM_HEAD
 from manta.configs.sampling import SamplingParams
 
 DEFAULT_MAX_TOKENS = 16  # of completions, as in the OpenAI API
-MAX_PROMPTS = 1024  # in one call
 MAX_SEQUENCES = 2048  # in one call: prompts times n
 MAX_STOP_CHARACTERS = 1024  # of one stop string
-MAX_SALT_CHARACTERS = 1024
+MAX_CUT_CHARACTERS = 2**21  # of a text that is truncated: it takes about two seconds of a thread
 THREAD_CHARACTERS = 8192  # longer texts are tokenized in a thread; shorter ones take about a millisecond
-INT32 = 2**31
-
-Prompt = str | list[int]
 
 
 @dataclass(slots=True)
@@ -217,8 +214,12 @@ class Validator:
         return prompts
 
     def check_characters(self, text: str, keep: int | None, param: str) -> None:
-        """Refuses what cannot fit even if every token were the longest, before the tokenizer works on it."""
+        """Refuses what cannot fit even if every token were the longest, before the tokenizer works on it; and what is
+        too long to be tokenized only to be cut."""
         limit = self.limits.max_model_len
+        if keep is not None and len(text) > max(MAX_CUT_CHARACTERS, keep * self.tokenizer.max_token_characters):
+            message = f"{param} has {len(text)} characters; at most {MAX_CUT_CHARACTERS} are tokenized to be truncated"
+            raise RequestError(message, param, "context_length_exceeded")
         if keep is None and len(text) > limit * self.tokenizer.max_token_characters:
             message = (
                 f"This model's maximum context length is {limit} tokens. However, your prompt has {len(text)} "
@@ -243,58 +244,6 @@ class Validator:
             message = f"min_tokens={sampling.min_tokens} must not exceed the {max_tokens} tokens that fit the context"
             raise RequestError(message, "min_tokens")
         return sampling.model_copy(update={"max_tokens": max_tokens})
-
-
-def check_prompts(value: Any, param: str, most: int = MAX_PROMPTS) -> list[Prompt]:
-    """One or several prompts: a text, token ids, or a list of either. Raises RequestError."""
-    if value is None:
-        raise RequestError(f"{param} is required", param, "missing_required_parameter")
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, list) and value:
-        if all(type(item) is int for item in value):
-            return [value]
-        if len(value) > most:
-            message = f"{param} holds {len(value)} prompts; at most {most} are possible in one call"
-            raise RequestError(message, param)
-        if all(isinstance(item, str) for item in value) or all(isinstance(item, list) for item in value):
-            return value
-    elif value == []:
-        raise RequestError(f"{param} must not be empty", param)
-    raise RequestError(
-        f"{param} must be a string, a list of strings, a list of token ids or a list of lists of token ids",
-        param,
-        "invalid_type",
-    )
-
-
-def check_int(value: Any, param: str, low: int, high: int) -> int:
-    if type(value) is not int:
-        raise RequestError(f"{param} must be an integer, not {shown(value)}", param, "invalid_type")
-    if not low <= value <= high:
-        raise RequestError(f"{param} must be between {low} and {high}, not {value}", param)
-    return value
-
-
-def check_bool(value: Any, param: str) -> bool:
-    if not isinstance(value, bool):
-        raise RequestError(f"{param} must be true or false, not {shown(value)}", param, "invalid_type")
-    return value
-
-
-def shown(value: Any) -> str:
-    """A value as errors quote it."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def check_salt(value: Any) -> str:
-    if not isinstance(value, str):
-        raise RequestError(f"cache_salt must be a string, not {shown(value)}", "cache_salt", "invalid_type")
-    if len(value) > MAX_SALT_CHARACTERS:
-        message = f"cache_salt has {len(value)} characters; at most {MAX_SALT_CHARACTERS} are possible"
-        raise RequestError(message, "cache_salt")
-    return value
 
 
 def _sampling_error(error: ValidationError) -> RequestError:

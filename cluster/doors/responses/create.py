@@ -9,6 +9,7 @@ from typing import Any
 from manta.cluster.doors import patience
 from manta.cluster.doors.answer import AnswerPlan
 from manta.cluster.doors.chat import read_long_chat
+from manta.cluster.doors.checks import shown
 from manta.cluster.doors.errors import RequestError
 from manta.cluster.doors.exchange import Reply
 from manta.cluster.doors.responses.conversation import read_conversation
@@ -19,7 +20,7 @@ from manta.cluster.doors.responses.settings import Settings, read_settings, reto
 from manta.cluster.doors.responses.store import ResponseStore, Stored, Turn
 from manta.cluster.doors.responses.truncation import fit_messages
 from manta.cluster.doors.service import Service
-from manta.cluster.doors.validate import Resolved, shown
+from manta.cluster.doors.validate import Resolved
 
 REFUSED_WITHIN_S = 0.2  # the engine says no sooner than that, and the client then gets the HTTP status of it
 

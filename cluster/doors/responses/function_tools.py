@@ -2,9 +2,9 @@
 
 from typing import Any
 
+from manta.cluster.doors.checks import shown
 from manta.cluster.doors.errors import RequestError
 from manta.cluster.doors.tools.request import check_num_tools, read_tools
-from manta.cluster.doors.validate import shown
 
 _FUNCTION_FIELDS = ("name", "description", "parameters", "strict")
 _CHOICES = ("none", "auto", "required")

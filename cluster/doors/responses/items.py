@@ -3,8 +3,8 @@
 import secrets
 from typing import Any
 
+from manta.cluster.doors.checks import shown
 from manta.cluster.doors.errors import RequestError
-from manta.cluster.doors.validate import shown
 
 _ROLES = ("user", "assistant", "system", "developer")
 _KINDS = ("message", "function_call", "function_call_output", "reasoning")

@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from manta.cluster.doors import fields
+from manta.cluster.doors.checks import check_bool, check_int, shown
 from manta.cluster.doors.errors import RequestError
 from manta.cluster.doors.response_format import apply_response_format
 from manta.cluster.doors.responses.function_tools import chat_tools
 from manta.cluster.doors.responses.small_objects import check_object, read_metadata
 from manta.cluster.doors.text import Tokenizer
-from manta.cluster.doors.validate import check_bool, check_int, shown
 from manta.configs.sampling import MAX_LOGPROBS
 
 # What SamplingParams has and a response has no place for.

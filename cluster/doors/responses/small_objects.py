@@ -3,9 +3,9 @@
 from collections.abc import Set
 from typing import Any
 
+from manta.cluster.doors.checks import shown
 from manta.cluster.doors.errors import RequestError
 from manta.cluster.doors.fields import unknown_field
-from manta.cluster.doors.validate import shown
 
 MAX_METADATA, MAX_KEY_CHARACTERS, MAX_VALUE_CHARACTERS = 16, 64, 512  # as in the OpenAI API
 

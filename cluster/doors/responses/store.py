@@ -7,11 +7,11 @@ from typing import Any
 import orjson
 
 from manta.cluster.doors.caller import current_tenant
+from manta.cluster.doors.checks import shown
 from manta.cluster.doors.errors import Kind, RequestError
 from manta.cluster.doors.responses.events import EventLog
 from manta.cluster.doors.responses.items import Item
 from manta.cluster.doors.responses.run import Run
-from manta.cluster.doors.validate import shown
 
 OVERHEAD_BYTES = 1024  # of one response in this process, beside the JSON texts
 

@@ -7,13 +7,13 @@ from typing import Any
 import orjson
 from starlette.requests import Request
 
+from manta.cluster.doors.checks import shown
 from manta.cluster.doors.errors import RequestError
 from manta.cluster.doors.exchange import Reply
 from manta.cluster.doors.fields import unknown_field
 from manta.cluster.doors.responses.drive import send_log
 from manta.cluster.doors.responses.store import ResponseStore, Stored
 from manta.cluster.doors.service import Service
-from manta.cluster.doors.validate import shown
 
 MAX_LISTED = 100
 _RETRIEVE = frozenset({"stream", "starting_after", "include", "include[]", "include_obfuscation"})

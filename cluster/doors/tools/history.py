@@ -3,8 +3,8 @@
 import json
 from typing import Any
 
+from manta.cluster.doors.checks import shown
 from manta.cluster.doors.errors import RequestError
-from manta.cluster.doors.validate import shown
 
 _REASONING = ("reasoning_content", "reasoning")
 

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from manta.cluster.doors.checks import check_bool, shown
 from manta.cluster.doors.errors import RequestError
-from manta.cluster.doors.validate import check_bool, shown
 
 MAX_NAME_CHARACTERS = 128
 MAX_TOOLS = 1024

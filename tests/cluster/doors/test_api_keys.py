@@ -107,6 +107,24 @@ def test_each_key_opens_both_doors(locked: DoorThread, stub: pb_grpc.InferenceSt
     assert over_http == expected.get(key, f"key-{sha(key)[7:15]}")
 
 
+def test_a_request_id_is_taken_for_its_tenant_alone(locked: DoorThread, stub: pb_grpc.InferenceStub) -> None:
+    locked.client.hang_after = 1
+    request = pb.GenerateRequest(text="x", request_id="mine", stream=True)
+    calls = {key: stub.Generate(request, metadata=metadata(key)) for key in ("sk-alice", "sk-bob")}
+    try:
+        for call in calls.values():
+            next(call)
+        assert first_status(stub.Generate(request, metadata=metadata("sk-bob"))) is grpc.StatusCode.ALREADY_EXISTS
+        assert stub.Abort(pb.AbortRequest(request_id="mine"), metadata=metadata("sk-bob")).found
+        assert [each.finish_reason for each in calls["sk-bob"]][-1] == "abort"
+        assert stub.Abort(pb.AbortRequest(request_id="mine"), metadata=metadata("sk-alice")).found
+        assert not stub.Abort(pb.AbortRequest(request_id="mine"), metadata=metadata("sk-nobody")).found
+    finally:
+        locked.client.reset()
+        for call in calls.values():
+            call.cancel()
+
+
 def test_the_openai_client_sees_an_authentication_error(locked: DoorThread) -> None:
     with (
         openai.OpenAI(base_url=f"{locked.base_url}/v1", api_key="sk-wrong", max_retries=0) as client,

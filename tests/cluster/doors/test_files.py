@@ -15,6 +15,7 @@ from tests.support.door_server import DoorThread
 from tests.support.fake_client import FakeClient
 
 LIMIT = 3 * 2**20
+QUOTA = 4 * LIMIT
 KEYS = "a:sk-a\nb:sk-b\n"
 
 
@@ -26,7 +27,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def keeping(model_folder: Path, folder: Path) -> Iterator[DoorThread]:
     (folder / "keys").write_text(KEYS)
-    words: dict[str, Any] = {"batch_dir": str(folder / "deep" / "er"), "max_batch_file_bytes": LIMIT}
+    words: dict[str, Any] = {
+        "batch_dir": str(folder / "deep" / "er"),
+        "max_batch_file_bytes": LIMIT,
+        "max_batch_bytes": QUOTA,
+    }
     with DoorThread(FakeClient(), model_folder, api_key_file=str(folder / "keys"), **words) as doors:
         yield doors
 
@@ -81,6 +86,22 @@ def test_pages(clients: dict[str, openai.OpenAI]) -> None:
         client.files.list(after="file-none")
     for each in ids:
         client.files.delete(each)
+
+
+def test_a_tenant_fills_its_own_part_of_the_disk_only(clients: dict[str, openai.OpenAI], folder: Path) -> None:
+    client, data = clients["a"], b"x" * LIMIT
+    ids = [client.files.create(file=("x", data), purpose="batch").id for _ in range(4)]
+    for rest in (data, b"x"):  # refused by its announced length, or when the room is full
+        with pytest.raises(openai.APIStatusError, match="--max-batch-bytes") as caught:
+            client.files.create(file=("x", rest), purpose="batch")
+        assert (caught.value.status_code, caught.value.code) == (413, "quota_exceeded")
+    other = clients["b"].files.create(file=("x", data), purpose="batch")
+    assert clients["b"].files.delete(other.id).deleted
+    assert client.files.delete(ids.pop()).deleted
+    ids.append(client.files.create(file=("x", data), purpose="batch").id)
+    for each in ids:
+        client.files.delete(each)
+    assert list((folder / "deep" / "er" / "files").iterdir()) == []
 
 
 def test_tenants_do_not_see_each_other(clients: dict[str, openai.OpenAI]) -> None:
@@ -157,7 +178,7 @@ def test_a_full_disk_is_told(clients: dict[str, openai.OpenAI], folder: Path, mo
         clients["a"].files.create(file=("x", b"x"), purpose="batch")
     assert error.value.status_code == 507
     monkeypatch.undo()
-    monkeypatch.setattr("manta.cluster.doors.uploads.insert_file", lambda *_: full())
+    monkeypatch.setattr("manta.cluster.doors.uploads.insert_upload", lambda *_: full())
     with pytest.raises(openai.APIStatusError, match="No space left"):
         clients["a"].files.create(file=("x", b"x"), purpose="batch")
     assert list((folder / "deep" / "er" / "files").iterdir()) == []

@@ -11,7 +11,7 @@ from manta.cluster.doors.errors import Kind, RequestError
 from manta.cluster.doors.fields import COMPLETION, IGNORED, NOT_SUPPORTED, check_fields
 from manta.cluster.doors.limits import ModelLimits
 from manta.cluster.doors.text import Tokenizer
-from manta.cluster.doors.validate import THREAD_CHARACTERS, Ask, Resolved, Validator
+from manta.cluster.doors.validate import MAX_CUT_CHARACTERS, THREAD_CHARACTERS, Ask, Resolved, Validator
 from tests.support.small_tokenizers import VOCAB_SIZE, byte_level
 
 TOKENIZER = Tokenizer(byte_level())
@@ -74,6 +74,8 @@ def test_truncation_keeps_the_last_tokens(truncate: int, kept: int) -> None:
 def test_truncation_to_what_fits() -> None:
     prompt = list(range(10, 300))
     assert resolve(prompt, truncate_prompt_tokens=-1, max_tokens=20).prompts == [prompt[-80:]]
+    huge = refused("a" * (MAX_CUT_CHARACTERS + 1), truncate_prompt_tokens=5)
+    assert (huge.param, huge.code) == ("prompt", "context_length_exceeded")
     assert len(resolve("word " * 400, truncate_prompt_tokens=-1, fills_context=True).prompts[0]) == 99
     for bad in (0, -2, 101, "5", True):
         assert refused(prompt, truncate_prompt_tokens=bad).param == "truncate_prompt_tokens"
