@@ -8,6 +8,7 @@ Numba's cache of compiled kernels notices a change of the file a kernel is in, n
 after editing here.
 """
 
+import logging
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba import extending, njit, types
+from numba.core import event as compiling
 
 KINDS: dict[torch.dtype, Any] = {
     torch.bfloat16: np.uint16(0),
@@ -29,6 +31,23 @@ MIN_PARALLEL_WORK = 1 << 17  # multiply-adds, tens of microseconds: less is not 
 _FASTMATH = {"reassoc", "contract", "nsz", "arcp"}
 _FLOAT, _HALF, _I16, _I32 = ir.FloatType(), ir.HalfType(), ir.IntType(16), ir.IntType(32)
 _KIND_TYPES = (types.uint16, types.int16, types.float32)
+
+
+logger = logging.getLogger(__name__)
+
+
+class _TellsOnce(compiling.Listener):
+    """Says why the first start on a machine takes half a minute, when there is something to compile."""
+
+    def on_start(self, event: Any) -> None:
+        compiling.unregister("numba:run_pass", self)
+        logger.info("compiling kernels for this CPU; later starts find them on the disk")
+
+    def on_end(self, event: Any) -> None:
+        pass
+
+
+compiling.register("numba:run_pass", _TellsOnce())
 
 
 # numba's type stubs count the typing context among the caller's arguments

@@ -19,6 +19,12 @@ from manta.protos import engine_pb2, engine_pb2_grpc
 
 _WATCH_INTERVAL_S = 0.25
 _INFO_TIMEOUT_S = 10.0
+_TELL_AFTER_S = 5.0  # so long nobody wonders
+_LONG_PHASES = {
+    "ray": "starting Ray",
+    "processes": "waiting for the processes of the workers",
+    "model": "loading the model (the first start on a machine also compiles kernels)",
+}
 
 
 class _Interrupted(BaseException):
@@ -139,13 +145,21 @@ class Supervisor:
 
 
 class _Timed:
-    """Adds the seconds a block took to a table of phases."""
+    """Adds the seconds a block took to a table of phases, and says what takes long."""
 
     def __init__(self, phases: dict[str, float], name: str) -> None:
         self._phases, self._name = phases, name
+        self._telling = threading.Timer(_TELL_AFTER_S, self._tell)
+        self._telling.daemon = True
+
+    def _tell(self) -> None:
+        print(f"manta: {_LONG_PHASES[self._name]}", file=sys.stderr, flush=True)
 
     def __enter__(self) -> None:
         self._start_s = time.perf_counter()
+        if self._name in _LONG_PHASES:
+            self._telling.start()
 
     def __exit__(self, *exc: object) -> None:
+        self._telling.cancel()
         self._phases[self._name] = time.perf_counter() - self._start_s
