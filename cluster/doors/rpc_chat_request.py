@@ -18,7 +18,7 @@ _MODES = {pb.ToolChoice.AUTO: "auto", pb.ToolChoice.NONE: "none", pb.ToolChoice.
 def read_body(request: pb.ChatRequest) -> dict[str, Any]:
     """The fields that are set, but for `sampling`. Raises RequestError for texts that are no JSON and unknown enums."""
     body: dict[str, Any] = {
-        "messages": [_message(message) for message in request.messages],
+        "messages": [_message(message, f"messages[{i}]") for i, message in enumerate(request.messages)],
         "model": request.model,
         "priority": request.priority,
         "cache_salt": request.cache_salt,
@@ -40,19 +40,27 @@ def read_body(request: pb.ChatRequest) -> dict[str, Any]:
     return body
 
 
-def _message(message: pb.ChatMessage) -> dict[str, Any]:
+def _message(message: pb.ChatMessage, where: str) -> dict[str, Any]:
     body: dict[str, Any] = {"role": message.role}
     kind = message.WhichOneof("body")
     if kind == "content":
         body["content"] = message.content
     elif kind == "parts":
-        body["content"] = [{"text": part.text} if part.HasField("text") else {} for part in message.parts.parts]
+        body["content"] = [
+            {"text": _text(part, f"{where}.parts.parts[{index}]")} for index, part in enumerate(message.parts.parts)
+        ]
     if message.tool_calls:
         body["tool_calls"] = [_call(call) for call in message.tool_calls]
     for name in ("tool_call_id", "reasoning", "name"):
         if message.HasField(name):
             body[name] = getattr(message, name)
     return body
+
+
+def _text(part: pb.ContentPart, where: str) -> str:
+    if not part.HasField("text"):
+        raise RequestError(f"{where}.text is required", f"{where}.text", "missing_required_parameter")
+    return part.text
 
 
 def _call(call: pb.ToolCall) -> dict[str, Any]:

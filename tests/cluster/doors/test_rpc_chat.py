@@ -188,7 +188,6 @@ REFUSED: dict[str, dict[str, Any]] = {
     "no message": {"messages": []},
     "no role": {"messages": [{"role": "", "content": "x"}]},
     "no content": {"messages": [{"role": "user"}]},
-    "an empty part": {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
     "another model": {"messages": [USER], "model": "other"},
     "arguments": {"messages": call_with(name="f", arguments="{")},
     "arguments of a list": {"messages": call_with(name="f", arguments="[1]")},
@@ -249,6 +248,14 @@ BAD_TEXTS = {
     "chat_template_kwargs": {"chat_template_kwargs": "{'a': 1}"},
     "response_format.json_schema.schema": {"response_format": {"json_schema": {"schema": "[" * 5000}}},
 }
+
+
+def test_an_empty_part_is_named_as_the_message_has_it(stub: pb_grpc.InferenceStub) -> None:
+    request = pb.ChatRequest(messages=[{"role": "user", "parts": {"parts": [{"text": "x"}, {}]}}])
+    with pytest.raises(grpc.RpcError) as caught:
+        list(stub.Chat(request))
+    param = "messages[0].parts.parts[1].text"
+    assert error_of(caught.value) == ("INVALID_ARGUMENT", param, f"{param} is required")
 
 
 @pytest.mark.parametrize(("param", "fields"), BAD_TEXTS.items(), ids=BAD_TEXTS.keys())
