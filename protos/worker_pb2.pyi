@@ -41,20 +41,22 @@ class DescribeResponse(_message.Message):
     def __init__(self, host: _Optional[str] = ..., rendezvous_port: _Optional[int] = ..., device: _Optional[str] = ..., pid: _Optional[int] = ..., link_port: _Optional[int] = ..., link_socket: _Optional[str] = ..., link_key: _Optional[bytes] = ...) -> None: ...
 
 class LoadRequest(_message.Message):
-    __slots__ = ("config_json", "tp_rank", "pp_rank", "num_workers_on_host", "rendezvous_host", "rendezvous_port")
+    __slots__ = ("config_json", "tp_rank", "pp_rank", "num_workers_on_host", "rendezvous_host", "rendezvous_port", "peers")
     CONFIG_JSON_FIELD_NUMBER: _ClassVar[int]
     TP_RANK_FIELD_NUMBER: _ClassVar[int]
     PP_RANK_FIELD_NUMBER: _ClassVar[int]
     NUM_WORKERS_ON_HOST_FIELD_NUMBER: _ClassVar[int]
     RENDEZVOUS_HOST_FIELD_NUMBER: _ClassVar[int]
     RENDEZVOUS_PORT_FIELD_NUMBER: _ClassVar[int]
+    PEERS_FIELD_NUMBER: _ClassVar[int]
     config_json: str
     tp_rank: int
     pp_rank: int
     num_workers_on_host: int
     rendezvous_host: str
     rendezvous_port: int
-    def __init__(self, config_json: _Optional[str] = ..., tp_rank: _Optional[int] = ..., pp_rank: _Optional[int] = ..., num_workers_on_host: _Optional[int] = ..., rendezvous_host: _Optional[str] = ..., rendezvous_port: _Optional[int] = ...) -> None: ...
+    peers: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, config_json: _Optional[str] = ..., tp_rank: _Optional[int] = ..., pp_rank: _Optional[int] = ..., num_workers_on_host: _Optional[int] = ..., rendezvous_host: _Optional[str] = ..., rendezvous_port: _Optional[int] = ..., peers: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class LoadResponse(_message.Message):
     __slots__ = ("num_blocks", "weight_bytes", "bytes_per_block", "load_s", "profile_s")
