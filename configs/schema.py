@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, model_validator
 
 from manta.configs.api_keys import hash_keys
+from manta.configs.resources import normal_resources
 from manta.configs.tenant_weights import normal_weights
 
 DTypeChoice = Literal["auto", "bfloat16", "float16", "float32"]
@@ -80,6 +81,18 @@ class ServeConfig(BaseModel):
     )
     ray_address: str | None = option(
         None, "Parallelism", "Ray cluster to join; unset: that of RAY_ADDRESS, or a new local one"
+    )
+    placement_strategy: Literal["pack", "spread", "any"] = option(
+        "pack",
+        "Parallelism",
+        "on Ray; pack: ranks of a stage share a node, and stages as few nodes as can be; spread: each stage has a node "
+        "of its own; any: each rank where there is room",
+    )
+    worker_resources: Annotated[str, BeforeValidator(normal_resources)] = option(
+        "",
+        "Parallelism",
+        "what a worker asks of Ray beside its GPU, as CPU=2,accelerator_type:H100=0.001 or JSON; unset: one CPU, or on "
+        "CPUs what there is",
     )
 
     gpu_memory_utilization: float = option(

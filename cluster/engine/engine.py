@@ -259,7 +259,7 @@ class Engine:
         return self._reporter.info()
 
     def load(self) -> pb.LoadResponse:
-        return self._reporter.load(self._draining)
+        return self._reporter.load(self._draining, self._grammars.num_held)
 
     def block_tables(self) -> pb.BlockTablesResponse:
         """Every sequence's block table; counts are sums over the replicas."""

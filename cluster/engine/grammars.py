@@ -47,6 +47,11 @@ class GrammarGate:
         task.add_done_callback(lambda task: self._release(request_id, task))
         return None
 
+    @property
+    def num_held(self) -> int:
+        """Requests that wait here."""
+        return len(self._waiting)
+
     def drop(self, request_id: int) -> bool:
         """Forgets a request; False if it does not wait here."""
         return self._waiting.pop(request_id, None) is not None

@@ -47,7 +47,8 @@ class Reporter:
             num_replicas=self._config.num_replicas_at_start,
         )
 
-    def load(self, draining: bool) -> pb.LoadResponse:
+    def load(self, draining: bool, num_held: int) -> pb.LoadResponse:
+        """num_held: requests that wait for something else than room; a replica must not go meanwhile."""
         replicas = [self._load_of(loop) for loop in self._loops]
         lost = [f"replica {index}: {each.detail}" for index, each in enumerate(replicas) if each.detail]
         is_served = any(each.state == pb.ReplicaLoad.SERVING and not each.detail for each in replicas)
@@ -55,7 +56,7 @@ class Reporter:
         num_free = sum(each.num_free_blocks for each in replicas)
         return pb.LoadResponse(
             num_running=self._scheduler.num_running,
-            num_waiting=self._scheduler.num_waiting,
+            num_waiting=self._scheduler.num_waiting + num_held,
             num_free_blocks=num_free,
             num_blocks=num_blocks,
             kv_cache_usage=1.0 - num_free / num_blocks if num_blocks else 0.0,

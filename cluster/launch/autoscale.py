@@ -1,6 +1,7 @@
 """How many replicas the load needs. A pure function of what it is shown, with a memory of since when."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
@@ -18,7 +19,7 @@ class Sample:
 
     at_s: float
     num_serving: int
-    num_present: int  # serving, or on the way to it
+    num_present: int  # serving and to stay, or on the way to it
     num_running: int
     num_waiting: int
     kv_usage: float  # of the replicas that serve, 0-1
@@ -26,13 +27,17 @@ class Sample:
     oldest_wait_s: float
 
     @classmethod
-    def of(cls, load: pb.LoadResponse, at_s: float, block_size: int) -> Self:
-        states = [replica.state for replica in load.replicas]
+    def of(cls, load: pb.LoadResponse, at_s: float, block_size: int, jobs: Mapping[int, str] | None = None) -> Self:
+        """jobs: replicas that are being brought up ("start") or taken away (anything else), whatever the load says."""
+        jobs = jobs or {}
+        states = [replica.state for index, replica in enumerate(load.replicas) if index not in jobs]
+        num_serving = states.count(pb.ReplicaLoad.SERVING)
+        num_coming = states.count(pb.ReplicaLoad.LOST) + list(jobs.values()).count("start")
         pool = max((replica.num_blocks for replica in load.replicas), default=0) * block_size
         return cls(
             at_s=at_s,
-            num_serving=states.count(pb.ReplicaLoad.SERVING),
-            num_present=states.count(pb.ReplicaLoad.SERVING) + states.count(pb.ReplicaLoad.LOST),
+            num_serving=num_serving,
+            num_present=num_serving + num_coming,
             num_running=load.num_running,
             num_waiting=load.num_waiting,
             kv_usage=load.kv_cache_usage,

@@ -1,36 +1,25 @@
-"""Keeps a deployment whole: what has died is started again, until it dies too often."""
+"""Keeps a deployment whole and as large as its load: looks, and decides what is started, added or taken away."""
 
-import logging
-import sys
-import threading
 import time
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import grpc
 
 from manta.cluster.engine.client import QUICK_RECONNECT
 from manta.cluster.launch.autoscale import Autoscaler, Sample
-from manta.cluster.launch.launcher import Launcher, LaunchError, Part
+from manta.cluster.launch.launcher import Launcher, Part
+from manta.cluster.launch.repairs import SCHEDULER, Repairs, name_of, tell
 from manta.configs.schema import ServeConfig
 from manta.protos import engine_pb2 as pb
 from manta.protos import engine_pb2_grpc
 
-logger = logging.getLogger(__name__)
-
-WITHIN_S = 60.0  # config.restart_limit failures within this time, or starts in a row that fail: a part is given up
-_CALL_TIMEOUT_S = 1.5
+_CALL_TIMEOUT_S = 1.0
 _NUM_SILENT = 3  # calls that the scheduler may leave unanswered: it never blocks, but its host may be loaded
-_LOAD_TIMEOUT_S = 3600.0
-_RETRY_S = 1.0
-_PATIENCE_S = 20.0  # of a scheduler for workers that are being started, where there are others: nodes may take minutes
-_JOIN_TIMEOUT_S = 10.0
-
-_SCHEDULER: Part = ("scheduler", 0)
+_TELL_WAIT_EVERY_S = 60.0
 
 
 class Keeper:
-    """`look` is called a few times a second by one thread; each repair has a thread of its own."""
+    """`look` is called a few times a second by one thread. What it decides is done by the threads of `Repairs`."""
 
     def __init__(
         self,
@@ -43,211 +32,143 @@ class Keeper:
         """scheduler: "host:port"; workers: addresses by replica and rank."""
         self._config = config
         self._launcher = launcher
-        self._workers = workers
         self._clock = clock
         self._channel = grpc.insecure_channel(scheduler, options=QUICK_RECONNECT)
         self._engine = engine_pb2_grpc.EngineStub(self._channel)
         self._autoscaler = None if config.min_num_replicas == config.max_num_replicas else Autoscaler(config)
         self._num_silent = 0
-        self._changed = threading.Condition()  # guards what follows
-        self._repairs: dict[Part, threading.Thread] = {}
-        self._spawning: set[int] = set()  # replicas whose workers have no addresses yet
-        self._failed_s: dict[Part, deque[float]] = {}
-        self._given_up: dict[Part, str] = {}
-        self._closed = False
+        self._told_waits_s: dict[int, float] = {}  # replicas that wait for room, and when that was told
+        self._repairs = Repairs(config, launcher, self._engine, workers, clock)
 
     def look(self) -> str | None:
-        """Starts what is to be started again; returns why the deployment cannot go on, if so."""
-        with self._changed:
-            busy = set(self._repairs)  # what is seen of them now may be over when it has been seen
+        """Starts what is to be started; returns why the deployment cannot go on, if so."""
+        repairs = self._repairs
+        with repairs.changed:
+            busy = set(repairs.jobs)  # what is seen of them now may be over when it has been seen
         broken, load = self._broken()
-        with self._changed:
-            self._scale(None if busy else load)
-            for part in sorted(broken, key=lambda part: part == _SCHEDULER):  # it waits for workers that are started
-                if part not in busy and part not in self._repairs and part not in self._given_up:
+        self._tell_waits()
+        self._tell_scheduler(load, busy)
+        with repairs.changed:
+            if load is not None and busy <= repairs.jobs.keys():
+                self._scale(load)
+            for part in sorted(broken, key=lambda part: part == SCHEDULER):  # it waits for workers that are started
+                if part not in busy and part not in repairs.jobs and part not in repairs.failures.given_up:
                     self._begin(part, broken[part])
+            self._try_again()
             return self._why_over()
 
     def end(self) -> None:
         """Begins no more repairs; those under way end at their next turn, or with the launcher."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
+        self._repairs.end()
 
     def close(self) -> None:
         """Waits for the end of the repairs. The launcher has stopped."""
-        self.end()
-        with self._changed:
-            threads = list(self._repairs.values())
+        self._repairs.end()
         self._channel.close()
-        for thread in threads:
-            thread.join(_JOIN_TIMEOUT_S)
+        self._repairs.close()
 
     def _broken(self) -> tuple[dict[Part, str], pb.LoadResponse | None]:
         """What does not serve, and why: processes that ended, and what only the scheduler, or its silence, tells of.
         Beside it the load, if it was told."""
         broken = {death.part: death.reason for death in reversed(self._launcher.deaths())}
-        if _SCHEDULER in broken or _SCHEDULER in self._repairs:
+        if SCHEDULER in broken or SCHEDULER in self._repairs.jobs:
             self._num_silent = 0
             return broken, None
         load = self._load()
         self._num_silent = 0 if load is not None else self._num_silent + 1
         if self._num_silent >= _NUM_SILENT:
-            broken[_SCHEDULER] = f"the scheduler has not answered {_NUM_SILENT} calls of {_CALL_TIMEOUT_S:g} s"
+            broken[SCHEDULER] = f"the scheduler has not answered {_NUM_SILENT} calls of {_CALL_TIMEOUT_S:g} s"
         for replica, each in enumerate(load.replicas if load is not None else ()):
             if each.state == pb.ReplicaLoad.LOST:
                 broken.setdefault(("worker", replica), each.detail)
         return broken, load
 
-    def _scale(self, load: pb.LoadResponse | None) -> None:
-        """Adds replicas, or takes one away, where the load asks for it. `_changed` is held."""
-        if load is None or self._autoscaler is None or self._repairs:  # one thing at a time
+    def _scale(self, load: pb.LoadResponse) -> None:
+        """Adds replicas, or takes one away, where the load asks for it. `changed` is held."""
+        if self._autoscaler is None:
             return
-        sample = Sample.of(load, self._clock(), self._config.block_size)
+        jobs = {index: job for (role, index), job in self._repairs.jobs.items() if role == "worker"}
+        sample = Sample.of(load, self._clock(), self._config.block_size, jobs)
         wanted = self._autoscaler.wanted(sample)
-        absent = [index for index, each in enumerate(load.replicas) if each.state == pb.ReplicaLoad.ABSENT]
-        for replica in absent[: max(wanted - sample.num_present, 0)]:
-            _tell(f"replica {replica} is added: {load.num_running} requests run and {load.num_waiting} wait")
-            self._spawning.add(replica)
-            self._start_thread(("worker", replica), self._repair)
+        asked = f"{load.num_running} requests run and {load.num_waiting} wait"
+        for replica in self._to_add(load, jobs)[: max(wanted - sample.num_present, 0)]:
+            tell(f"replica {replica} is added: {asked}")
+            is_given_up = ("worker", replica) in self._repairs.failures.given_up
+            self._repairs.start(("worker", replica), 1 if is_given_up else self._config.restart_limit)
         if wanted < sample.num_present:
-            serving = [i for i, each in enumerate(load.replicas) if each.state == pb.ReplicaLoad.SERVING]
-            if serving:
-                replica = min(serving, key=lambda index: (load.replicas[index].num_running, -index))
-                _tell(f"replica {replica} is taken away: {load.num_running} requests run and {load.num_waiting} wait")
-                self._start_thread(("worker", replica), self._retire)
+            self._take_one_away(load, jobs, asked)
 
-    def _retire(self, part: Part, began_s: float) -> None:
-        """What the replica has moves to others; then its workers end."""
-        replica = part[1]
-        try:
-            self._engine.RetireReplica(pb.RetireReplicaRequest(replica=replica), timeout=_LOAD_TIMEOUT_S)
-            self._workers[replica] = []
-            self._launcher.stop_workers(replica)
-        except (LaunchError, grpc.RpcError) as error:  # it is there still, and may be taken away later
-            logger.warning("taking replica %d away failed: %s", replica, error)
-        self._end_repair(part)
+    def _to_add(self, load: pb.LoadResponse, jobs: Mapping[int, str]) -> list[int]:
+        """Replicas that may be brought up, those that have failed last."""
+        given_up = {index for role, index in self._repairs.failures.given_up if role == "worker"}
+        states = [(index, each.state) for index, each in enumerate(load.replicas) if index not in jobs]
+        absent = [index for index, state in states if state == pb.ReplicaLoad.ABSENT and index not in given_up]
+        return absent + [index for role, index in self._rested() if role == "worker" and index not in jobs]
 
-    def _start_thread(self, part: Part, work: Callable[[Part, float], None]) -> None:
-        thread = threading.Thread(target=work, args=(part, self._clock()), name="repair", daemon=True)
-        self._repairs[part] = thread
-        thread.start()
+    def _take_one_away(self, load: pb.LoadResponse, jobs: Mapping[int, str], asked: str) -> None:
+        """One that still waits for room, else the one with the least to do."""
+        waiting = [replica for replica in self._launcher.waiting_for_room() if jobs.get(replica) == "start"]
+        if waiting:
+            self._repairs.withdraw(max(waiting))
+            return
+        serving = [i for i, each in enumerate(load.replicas) if each.state == pb.ReplicaLoad.SERVING and i not in jobs]
+        if serving:
+            replica = min(serving, key=lambda index: (load.replicas[index].num_running, -index))
+            tell(f"replica {replica} is taken away: {asked}")
+            self._repairs.retire(replica)
 
     def _begin(self, part: Part, reason: str) -> None:
-        """`_changed` is held."""
-        if self._closed:
+        """`changed` is held."""
+        failures = self._repairs.failures
+        if failures.add(part, self._clock()):
+            self._repairs.give_up(part, reason + failures.how_often())
             return
-        limit = self._config.restart_limit
-        times = self._failed_s.setdefault(part, deque(maxlen=limit))
-        times.append(self._clock())
-        if len(times) == limit and times[-1] - times[0] <= WITHIN_S:
-            how_often = f" ({limit} times within {WITHIN_S:.0f} s)" if limit > 1 else ""
-            self._give_up(part, reason + how_often)
-            return
-        _tell(f"{reason}; {_name(part)} is started again")
-        if part[0] == "worker":
-            self._spawning.add(part[1])
-        self._start_thread(part, self._repair)
+        tell(f"{reason}; {name_of(part)} is started again")
+        self._repairs.start(part, self._config.restart_limit)
 
-    def _repair(self, part: Part, began_s: float) -> None:
-        """Until the part serves, or has failed too often."""
-        for attempt in range(1, self._config.restart_limit + 1):
-            try:
-                self._start_again(part, is_retry=attempt > 1)
-                _tell(f"{_name(part)} serves again after {self._clock() - began_s:.1f} s")
-                break
-            except (LaunchError, grpc.RpcError) as error:
-                reason = error.details() if isinstance(error, grpc.Call) else str(error)
-            except Exception as error:  # a bug must not leave the part neither served nor given up
-                logger.exception("starting %s again failed", _name(part))
-                reason = repr(error)
-            with self._changed:
-                if self._closed:
-                    return
-                if attempt == self._config.restart_limit:
-                    self._give_up(part, str(reason))
-                else:
-                    _tell(f"{_name(part)} could not be started again: {reason}")
-                    self._changed.wait_for(lambda: self._closed, _RETRY_S)
-        self._end_repair(part)
+    def _try_again(self) -> None:
+        """Parts that were given up and have rested, but for replicas that come when the load asks for them. `changed`
+        is held."""
+        for part in self._rested():
+            if part not in self._repairs.jobs and (part[0] != "worker" or self._autoscaler is None):
+                tell(f"{name_of(part)}, which was given up, is tried again")
+                self._repairs.start(part, num_attempts=1)
 
-    def _end_repair(self, part: Part) -> None:
-        with self._changed:
-            del self._repairs[part]
-            self._spawning.discard(part[1] if part[0] == "worker" else -1)
-            self._changed.notify_all()
+    def _rested(self) -> list[Part]:
+        return [part for part in self._repairs.failures.rested(self._clock()) if part != SCHEDULER]
 
-    def _start_again(self, part: Part, is_retry: bool) -> None:
-        role, index = part
-        if role == "worker":
-            self._replace_workers(index)
-        elif role == "scheduler":
-            others_in_s = _PATIENCE_S if self._others_than_spawning() else None
-            self._wait_until(lambda: not self._spawning, others_in_s)  # it looks for workers once, as it starts
-            if is_retry or not any(self._workers):
-                self._renew_one()
-            self._launcher.replace_scheduler(self._config, self._workers)
-        else:
-            self._wait_until(lambda: _SCHEDULER not in self._repairs)
-            self._launcher.replace_frontend(self._config, index)
+    def _tell_waits(self) -> None:
+        """Says, and from time to time again, which replicas wait for room."""
+        waits = self._launcher.waiting_for_room()
+        now_s = self._clock()
+        told = {replica: at_s for replica, at_s in self._told_waits_s.items() if replica in waits}
+        for replica, why in waits.items():
+            if now_s - told.get(replica, -_TELL_WAIT_EVERY_S) >= _TELL_WAIT_EVERY_S:
+                tell(f"replica {replica} waits: {why}")
+                told[replica] = now_s
+        self._told_waits_s = told
 
-    def _others_than_spawning(self) -> bool:
-        with self._changed:
-            return any(workers for replica, workers in enumerate(self._workers) if replica not in self._spawning)
-
-    def _renew_one(self) -> None:
-        """New workers for a replica, unless another one gets some already: a scheduler needs one that can go on. It
-        finds none in an idle deployment, and maybe none where all have failed it once."""
-        with self._changed:
-            if self._closed or any(role == "worker" for role, _ in self._repairs):
-                return
-            replica = next((i for i in range(len(self._workers)) if ("worker", i) not in self._given_up), None)
-            if replica is None:
-                return
-            self._repairs["worker", replica] = threading.current_thread()  # nobody else repairs it meanwhile
-        try:
-            self._workers[replica] = self._launcher.replace_workers(self._config, replica)
-        finally:
-            with self._changed:
-                del self._repairs["worker", replica]
-
-    def _replace_workers(self, replica: int) -> None:
-        with self._changed:
-            self._spawning.add(replica)  # again, where it is not the first attempt
-        self._workers[replica] = self._launcher.replace_workers(self._config, replica)
-        with self._changed:
-            self._spawning.discard(replica)
-            self._changed.notify_all()
-        self._wait_until(lambda: _SCHEDULER not in self._repairs)
-        request = pb.ReplaceWorkersRequest(replica=replica, workers=self._workers[replica])
-        self._engine.ReplaceWorkers(request, timeout=_LOAD_TIMEOUT_S, wait_for_ready=True)
-
-    def _wait_until(self, condition: Callable[[], bool], timeout_s: float | None = None) -> None:
-        with self._changed:
-            self._changed.wait_for(lambda: self._closed or condition(), timeout_s)
-
-    def _give_up(self, part: Part, reason: str) -> None:
-        """`_changed` is held. Requests that wait for a replica hear that none will come."""
-        self._given_up[part] = reason
-        _tell(f"{_name(part)} is given up: {reason}")
-        if part[0] == "worker":
-            request = pb.GiveUpReplicaRequest(replica=part[1], reason=reason)
-            try:
-                self._engine.GiveUpReplica(request, timeout=_CALL_TIMEOUT_S)
-            except grpc.RpcError as error:
-                logger.warning("the scheduler did not hear that replica %d is given up: %s", part[1], error)
+    def _tell_scheduler(self, load: pb.LoadResponse | None, busy: set[Part]) -> None:
+        """A scheduler that has taken another one's place does not know which replicas are given up."""
+        with self._repairs.changed:
+            given_up = {part[1]: each.reason for part, each in self._repairs.failures.given_up.items()
+                        if part[0] == "worker" and part not in busy and part not in self._repairs.jobs}  # fmt: skip
+        for replica, each in enumerate(load.replicas if load is not None else ()):
+            if replica in given_up and each.state in (pb.ReplicaLoad.LOST, pb.ReplicaLoad.ABSENT):
+                self._repairs.tell_given_up(replica, given_up[replica])
 
     def _why_over(self) -> str | None:
-        """`_changed` is held."""
-        if _SCHEDULER in self._given_up:
-            return self._given_up[_SCHEDULER]
+        """`changed` is held."""
+        given_up = self._repairs.failures.given_up
+        if SCHEDULER in given_up:
+            return given_up[SCHEDULER].reason
         for role, number in (
             ("worker", self._config.max_num_replicas),
             ("frontend", self._config.api_server_count),
         ):
-            given_up = [reason for part, reason in self._given_up.items() if part[0] == role]
-            if len(given_up) == number:
-                return given_up[-1]
+            reasons = [each.reason for part, each in given_up.items() if part[0] == role]
+            if len(reasons) == number:
+                return reasons[-1]
         return None
 
     def _load(self) -> pb.LoadResponse | None:
@@ -256,12 +177,3 @@ class Keeper:
         except grpc.RpcError:
             return None
         return load
-
-
-def _name(part: Part) -> str:
-    role, index = part
-    return {"worker": f"replica {index}", "scheduler": "the scheduler"}.get(role, f"frontend {index}")
-
-
-def _tell(message: str) -> None:
-    print(f"manta: {message}", file=sys.stderr, flush=True)

@@ -47,8 +47,12 @@ class Launcher(Protocol):
         Returns their addresses. May run in several threads, one per replica."""
         ...
 
+    def waiting_for_room(self) -> dict[int, str]:
+        """Replicas for whose workers `replace_workers` finds no room yet, and what is missing."""
+        ...
+
     def stop_workers(self, replica: int) -> None:
-        """Ends the workers of a replica that takes no part any more."""
+        """Ends the workers of a replica that takes no part any more, or its wait for room, which fails then."""
         ...
 
     def replace_scheduler(self, config: ServeConfig, workers: list[list[str]]) -> None:

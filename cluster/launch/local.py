@@ -57,6 +57,9 @@ class LocalLauncher:
         self._start_ranks(replica, config.num_ranks)
         return [child.wait_for_address(_SPAWN_TIMEOUT_S) for child in self._workers[replica]]
 
+    def waiting_for_room(self) -> dict[int, str]:
+        return {}  # there is none but this host
+
     def stop_workers(self, replica: int) -> None:
         with self._lock:
             children, self._workers[replica] = self._workers[replica], []

@@ -3,7 +3,9 @@
 import contextlib
 import logging
 import socket
+import sys
 import threading
+import time
 from typing import Any
 
 import ray
@@ -12,21 +14,15 @@ from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from manta.cluster.launch.actors import FrontendActor, SchedulerActor, WorkerActor
-from manta.cluster.launch.launcher import (
-    Death,
-    FrontendAddress,
-    LaunchError,
-    Part,
-    cores_per_worker,
-    cpu_worker_env,
-    ray_address,
-)
+from manta.cluster.launch.launcher import Death, FrontendAddress, LaunchError, Part, ray_address
+from manta.cluster.launch.placement import Placement, plan_placement
 from manta.configs.schema import ServeConfig
 
 _CONNECT_TIMEOUT_S = 5.0
 _ACTOR_TIMEOUT_S = 120.0
 _LOAD_TIMEOUT_S = 3600.0
-_NEW_NODE_TIMEOUT_S = 1800.0
+_NEW_NODE_TIMEOUT_S = 1800.0  # at the start; later a replica waits for room as long as it is wanted
+_LOOK_FOR_ROOM_S = 1  # Ray takes whole seconds
 _END_TIMEOUT_S = 5.0
 
 # A restarted actor would be empty and answer wrongly; bringing up a new one is the launcher's business.
@@ -34,6 +30,7 @@ _ACTOR_OPTIONS = {"max_restarts": 0, "max_task_retries": 0}
 _WORKER = ray.remote(**_ACTOR_OPTIONS, max_concurrency=4)(WorkerActor)
 _SCHEDULER = ray.remote(**_ACTOR_OPTIONS)(SchedulerActor)
 _FRONTEND = ray.remote(**_ACTOR_OPTIONS)(FrontendActor)
+_OWN_OPTIONS = ("CPU", "GPU", "memory")  # resources that actors ask for by name
 _OBJECT_STORE_BYTES = 128 * 2**20  # nothing but actor arguments passes through it
 
 
@@ -70,7 +67,8 @@ class RayLauncher:
     """Owns the actors and placement groups it creates. Ray must be connected."""
 
     def __init__(self) -> None:
-        self._needs: tuple[dict[str, float], dict[str, str]] = ({}, {})  # resources and environment of a worker
+        self._placement = Placement({}, {}, "PACK", 1, 1)
+        self._no_room: dict[int, str] = {}  # replicas that wait for room, and for what
         self._groups: list[PlacementGroup | None] = []  # by replica
         self._workers: list[list[Any]] = []  # by replica and rank
         self._scheduler: Any = None
@@ -83,11 +81,12 @@ class RayLauncher:
         self._stopped = False
 
     def start_workers(self, config: ServeConfig) -> list[list[str]]:
-        self._needs = _worker_needs(config)
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        self._placement = plan_placement(config, nodes)
         self._groups = [None] * config.max_num_replicas
         self._workers = [[] for _ in self._groups]
         for replica in range(config.num_replicas_at_start):
-            self._place(config, replica, _ACTOR_TIMEOUT_S)
+            self._place(config, replica, _NEW_NODE_TIMEOUT_S)
         calls = [[worker.start.remote() for worker in replica] for replica in self._workers]
         return [_get(replica, _ACTOR_TIMEOUT_S, "the workers") if replica else [] for replica in calls]
 
@@ -95,10 +94,16 @@ class RayLauncher:
         """In a placement group of its own, as the node of the old one may be gone. One that is pending makes Ray's
         autoscaler add nodes, so it is waited for."""
         self.stop_workers(replica)
-        self._place(config, replica, _NEW_NODE_TIMEOUT_S)
+        self._place(config, replica, None)
         calls = [worker.start.remote() for worker in self._workers[replica]]
+        if not calls:
+            raise LaunchError(f"the workers of replica {replica} are not wanted any more")
         addresses: list[str] = _get(calls, _ACTOR_TIMEOUT_S, f"the workers of replica {replica}")
         return addresses
+
+    def waiting_for_room(self) -> dict[int, str]:
+        with self._lock:
+            return dict(self._no_room)
 
     def stop_workers(self, replica: int) -> None:
         self._forget(("worker", replica), self._workers[replica])
@@ -107,25 +112,60 @@ class RayLauncher:
         if group is not None:
             ray.util.remove_placement_group(group)
 
-    def _place(self, config: ServeConfig, replica: int, timeout_s: float) -> None:
+    def _place(self, config: ServeConfig, replica: int, timeout_s: float | None) -> None:
         """Makes the actors of a replica's ranks."""
-        (bundle, env), ranks = self._needs, config.num_ranks
+        placement = self._placement
         with self._lock:
             self._check_not_stopped()
-            group = self._groups[replica] = placement_group([bundle] * ranks, strategy="PACK")
-        if not group.wait(timeout_seconds=timeout_s):
-            raise LaunchError(f"Ray found no room for {ranks} workers with {bundle} each; add nodes or lower the sizes")
+            group = self._groups[replica] = placement_group(placement.bundles, strategy=placement.strategy)
+        self._wait_for_room(group, replica, timeout_s)
         with self._lock:
-            self._check_not_stopped()
-            for rank in range(ranks):
+            self._check_wanted(group, replica)
+            for rank in range(config.num_ranks):
                 worker = _WORKER.options(
-                    num_cpus=bundle["CPU"],
-                    num_gpus=bundle.get("GPU", 0),
-                    scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank),
-                    runtime_env={"env_vars": env},
+                    num_cpus=placement.worker["CPU"],
+                    num_gpus=placement.worker.get("GPU", 0),
+                    memory=placement.worker.get("memory"),
+                    resources={name: each for name, each in placement.worker.items() if name not in _OWN_OPTIONS},
+                    scheduling_strategy=PlacementGroupSchedulingStrategy(
+                        group, placement_group_bundle_index=placement.bundle_of(rank)
+                    ),
+                    runtime_env={"env_vars": placement.env},
                 ).remote()
                 self._workers[replica].append(worker)
-                self._watch(worker, ("worker", replica), f"worker {replica * ranks + rank}")
+                self._watch(worker, ("worker", replica), f"worker {replica * config.num_ranks + rank}")
+
+    def _wait_for_room(self, group: PlacementGroup, replica: int, timeout_s: float | None) -> None:
+        """Until it is there or not wanted any more. With a timeout, as somebody waits, it says that it waits."""
+        deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
+        try:
+            while not self._is_placed(group):
+                no_room = self._placement.no_room()
+                with self._lock:
+                    self._check_wanted(group, replica)
+                    is_new = replica not in self._no_room
+                    self._no_room[replica] = no_room
+                if deadline_s is not None and is_new:
+                    print(f"manta: replica {replica} waits: {no_room}", file=sys.stderr, flush=True)
+                if deadline_s is not None and time.monotonic() > deadline_s:
+                    raise LaunchError(f"{no_room}. None came within {timeout_s:.0f} s: add some or lower the sizes")
+        finally:
+            with self._lock:
+                self._no_room.pop(replica, None)
+
+    @staticmethod
+    def _is_placed(group: PlacementGroup) -> bool:
+        try:
+            return bool(group.wait(timeout_seconds=_LOOK_FOR_ROOM_S))
+        except Exception:  # noqa: BLE001  # Ray's own word for a group that was removed meanwhile
+            time.sleep(_LOOK_FOR_ROOM_S)
+            return False
+
+    def _check_wanted(self, group: PlacementGroup, replica: int) -> None:
+        """`_lock` is held."""
+        self._check_not_stopped()
+        if self._groups[replica] is not group:
+            raise LaunchError(f"the workers of replica {replica} are not wanted any more")
 
     def start_scheduler(self, config: ServeConfig, workers: list[list[str]]) -> str:
         self._start_scheduler(config, workers, 0)
@@ -229,25 +269,6 @@ def _death(call: Any, part: Part, name: str) -> Death:
 def has_gpus() -> bool:
     """Whether the cluster has GPUs at all."""
     return bool(ray.cluster_resources().get("GPU", 0))
-
-
-def _worker_needs(config: ServeConfig) -> tuple[dict[str, float], dict[str, str]]:
-    """The resources of one worker and its environment. Raises LaunchError when the cluster cannot hold those of the
-    start."""
-    resources = ray.cluster_resources()
-    num_workers = config.num_ranks * config.max_num_replicas
-    num_gpus, num_cpus = int(resources.get("GPU", 0)), resources.get("CPU", 1.0)
-    if config.device == "cuda" or (config.device == "auto" and num_gpus):
-        num_needed = config.num_ranks * config.num_replicas_at_start  # nodes for more may come when they are asked for
-        if num_gpus < num_needed:
-            raise LaunchError(
-                f"{num_needed} GPUs are needed and Ray has {num_gpus}; add nodes or lower the parallel sizes"
-            )
-        return {"CPU": 1.0, "GPU": 1.0}, {}
-    num_nodes = len([node for node in ray.nodes() if node["Alive"]])
-    threads = cores_per_worker(int(num_cpus) // num_nodes, -(-num_workers // num_nodes))
-    # More CPU workers than cores is slow but right, so they share cores rather than wait for nodes that never come.
-    return {"CPU": min(1.0, int(1000 * num_cpus / num_workers) / 1000)}, cpu_worker_env(threads)
 
 
 def _here() -> NodeAffinitySchedulingStrategy:

@@ -31,6 +31,7 @@ def test_others_go_on_while_a_grammar_is_compiled() -> None:
             num_steps = workers[3].num_steps
             assert num_steps <= 41, "one step per token, and a surplus one: none for those that wait"
             assert not any(task.done() for task in waiting)
+            assert deployment.engine.load().num_waiting == 4, "their replica is needed"
             for worker in workers:
                 worker.compiles.set()
             for seed, (tokens, _) in enumerate(await asyncio.gather(*waiting)):

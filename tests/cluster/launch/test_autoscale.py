@@ -106,6 +106,8 @@ def test_a_sample_of_the_load() -> None:
         ],
     )
     assert Sample.of(load, 3.0, block_size=16) == Sample(3.0, 1, 2, 5, 7, 0.25, 0.5, 0.5)
+    jobs = {0: "retire", 1: "start", 2: "start"}
+    assert Sample.of(load, 3.0, 16, jobs) == Sample(3.0, 0, 2, 5, 7, 0.25, 0.5, 0.5)
 
 
 @pytest.mark.parametrize(

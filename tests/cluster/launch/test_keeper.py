@@ -54,6 +54,7 @@ class Engine(engine_pb2_grpc.EngineServicer):
         self, request: pb.GiveUpReplicaRequest, context: grpc.ServicerContext
     ) -> pb.GiveUpReplicaResponse:
         self.done.append(f"replica {request.replica} is given up: {request.reason}")
+        self.replicas[request.replica].state = pb.ReplicaLoad.GIVEN_UP
         return pb.GiveUpReplicaResponse()
 
 
@@ -67,6 +68,8 @@ class FakeLauncher:
         self.may_start.set()
         self.may_start_workers = threading.Event()
         self.may_start_workers.set()
+        self.room = threading.Condition()
+        self.no_room: dict[int, str] = {}  # replicas for which there is none
         self._engine = engine
         self._num_started = 0
 
@@ -80,10 +83,22 @@ class FakeLauncher:
 
     def replace_workers(self, config: ServeConfig, replica: int) -> list[str]:
         assert self.may_start_workers.wait(20)
+        with self.room:
+            if replica in self.no_room:
+                self.no_room[replica] = "is waited for"
+                assert self.room.wait_for(lambda: replica not in self.no_room, 20)
+                raise LaunchError("they are not wanted any more")
         return [f"new:{self._start(('worker', replica))}"]
 
     def stop_workers(self, replica: int) -> None:
         self._engine.done.append(f"workers {replica} end")
+        self.dead.pop(("worker", replica), None)
+        with self.room:
+            self.no_room.pop(replica, None)
+            self.room.notify_all()
+
+    def waiting_for_room(self) -> dict[int, str]:
+        return {replica: "no room" for replica in self.no_room if self.no_room[replica] == "is waited for"}
 
     def replace_scheduler(self, config: ServeConfig, workers: list[list[str]]) -> None:
         self._start(("scheduler", 0))
@@ -137,7 +152,7 @@ class World:
 
     def settle(self) -> None:
         """Until no repair is under way."""
-        self.look_until(lambda: not self.keeper._repairs)
+        self.look_until(lambda: not self.keeper._repairs.jobs)
 
     def close(self) -> None:
         self.engine.may_answer.set()
@@ -181,7 +196,7 @@ def test_a_dead_scheduler_is_started_for_the_workers_that_there_are_by_then(make
     world = make()
     world.launcher.may_start.clear()
     world.launcher.dead["worker", 1] = world.launcher.dead["scheduler", 0] = "killed"
-    world.look_until(lambda: len(world.keeper._repairs) == 2)
+    world.look_until(lambda: len(world.keeper._repairs.jobs) == 2)
     assert world.engine.done == []
     world.launcher.may_start.set()
     world.look_until(lambda: len(world.engine.done) == 2)
@@ -192,7 +207,7 @@ def test_a_dead_scheduler_is_started_for_the_workers_that_there_are_by_then(make
 def test_a_scheduler_that_found_no_workers_to_go_on_with_gets_new_ones(
     make: Callable[..., World], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("manta.cluster.launch.keeper._RETRY_S", 0.0)
+    monkeypatch.setattr("manta.cluster.launch.repairs._RETRY_S", 0.0)
     world = make()
     world.launcher.errors = ["all ranks are in the midst of another scheduler's steps"]
     world.launcher.dead["scheduler", 0] = "killed"
@@ -204,7 +219,7 @@ def test_a_scheduler_that_found_no_workers_to_go_on_with_gets_new_ones(
 def test_a_dead_scheduler_does_not_wait_for_ever_for_workers_where_there_are_others(
     make: Callable[..., World], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("manta.cluster.launch.keeper._PATIENCE_S", 0.1)
+    monkeypatch.setattr("manta.cluster.launch.repairs._PATIENCE_S", 0.1)
     world = make()
     world.launcher.may_start_workers.clear()
     world.launcher.dead["worker", 1] = world.launcher.dead["scheduler", 0] = "killed"
@@ -220,8 +235,8 @@ def test_what_was_seen_before_a_repair_ended_begins_no_other(make: Callable[...,
     world = make()
     world.launcher.may_start.clear()
     world.engine.replicas[0].state = pb.ReplicaLoad.LOST
-    world.look_until(lambda: bool(world.keeper._repairs))
-    (repair,) = world.keeper._repairs.values()
+    world.look_until(lambda: bool(world.keeper._repairs.jobs))
+    (repair,) = world.keeper._repairs._threads.values()
 
     def end_repair() -> None:
         world.launcher.may_start.set()
@@ -230,7 +245,7 @@ def test_what_was_seen_before_a_repair_ended_begins_no_other(make: Callable[...,
     world.engine.before_answer = end_repair
     world.keeper.look()
     world.engine.before_answer = lambda: None
-    assert not world.keeper._repairs
+    assert not world.keeper._repairs.jobs
     world.keeper.look()
     assert world.engine.done == ["replica 0 gets new:1"]
 
@@ -271,16 +286,115 @@ def test_others_go_on_when_one_is_given_up(make: Callable[..., World]) -> None:
     world = make(restart_limit=1)
     world.launcher.dead["worker", 0] = "worker 0 was killed"
     world.look_until(lambda: bool(world.engine.done))
-    assert world.engine.done == ["replica 0 is given up: worker 0 was killed"]
+    world.settle()
+    assert world.engine.done == ["workers 0 end", "replica 0 is given up: worker 0 was killed"]
     assert world.keeper.look() is None
-    assert len(world.engine.done) == 1
+    assert len(world.engine.done) == 2
+
+
+def test_who_is_given_up_is_tried_again_after_a_rest_that_grows(make: Callable[..., World]) -> None:
+    world = make(restart_limit=1)
+    world.launcher.dead["worker", 0] = "worker 0 was killed"
+    world.look_until(lambda: len(world.engine.done) == 2)
+    world.settle()
+    for wait_s, error in ((60.0, "no GPU"), (120.0, "still no GPU"), (240.0, "")):
+        world.engine.done.clear()
+        world.launcher.errors = [error] if error else []
+        world.now_s += wait_s - 1
+        world.keeper.look()
+        assert not world.keeper._repairs.jobs, "it rests"
+        world.now_s += 1
+        world.keeper.look()
+        world.settle()
+        if error:
+            assert world.engine.done == ["workers 0 end", f"replica 0 is given up: {error}"]
+    assert world.engine.done == ["replica 0 gets new:3"]
+    assert world.over is None
+    assert not world.keeper._repairs.failures.given_up
+
+
+def test_a_scheduler_in_the_place_of_another_hears_who_is_given_up(make: Callable[..., World]) -> None:
+    world = make(restart_limit=2)
+    for _ in range(2):
+        world.launcher.dead["worker", 0] = "worker 0 was killed"
+        world.look_until(lambda: not world.launcher.dead)
+        world.settle()
+    world.engine.done.clear()
+    world.launcher.dead["scheduler", 0] = "killed"
+    world.engine.replicas[0].state = pb.ReplicaLoad.ABSENT
+    world.look_until(lambda: len(world.engine.done) == 2)
+    world.settle()
+    reason = "worker 0 was killed (2 times within 60 s)"
+    assert world.engine.done == ["scheduler for [[], ['old:1']]", f"replica 0 is given up: {reason}"]
+
+
+def test_others_are_added_while_one_is_started_again(make: Callable[..., World]) -> None:
+    world = make(data_parallel_size=1, min_replicas=1, max_replicas=3, max_num_seqs=10)
+    for replica in (1, 2):
+        world.engine.replicas[replica].state = pb.ReplicaLoad.ABSENT
+    world.engine.replicas[0].state = pb.ReplicaLoad.LOST
+    world.launcher.may_start_workers.clear()
+    world.keeper.look()
+    assert world.keeper._repairs.jobs == {("worker", 0): "start"}
+    world.engine.num_waiting = 20
+    world.keeper.look()
+    world.now_s = 2.0
+    world.keeper.look()
+    assert world.keeper._repairs.jobs.keys() == {("worker", replica) for replica in range(3)}
+    world.now_s = 10.0
+    world.keeper.look()  # those on the way are counted
+    world.launcher.may_start_workers.set()
+    world.settle()
+    assert sorted(each[:14] for each in world.engine.done) == [f"replica {i} gets" for i in range(3)]
+
+
+def test_who_waits_for_room_is_no_failure_and_goes_first(
+    make: Callable[..., World], capfd: pytest.CaptureFixture[str]
+) -> None:
+    world = make(data_parallel_size=1, min_replicas=1, max_replicas=2, max_num_seqs=10)
+    world.engine.replicas[1].state = pb.ReplicaLoad.ABSENT
+    world.launcher.no_room[1] = ""
+    world.engine.num_waiting = 20
+    world.keeper.look()
+    world.now_s = 2.0
+    world.look_until(lambda: bool(world.launcher.waiting_for_room()))
+    for _ in range(3):
+        world.now_s += 31.0
+        world.keeper.look()
+    assert world.engine.done == []
+    assert capfd.readouterr().err.count("replica 1 waits: no room") == 2  # the first time, and a minute later
+    world.engine.num_waiting = 0
+    world.keeper.look()
+    world.now_s += 121.0
+    world.look_until(lambda: "replica 1 retires" in world.engine.done)
+    world.settle()
+    assert world.engine.done[0] == "workers 1 end"
+    assert not world.keeper._repairs.failures.given_up
+
+
+def test_a_replica_that_is_given_up_comes_back_when_the_load_asks_for_it(make: Callable[..., World]) -> None:
+    world = make(data_parallel_size=1, min_replicas=1, max_replicas=2, max_num_seqs=10, restart_limit=1)
+    world.engine.replicas[1].state = pb.ReplicaLoad.ABSENT
+    world.launcher.dead["worker", 0] = "worker 0 was killed"
+    world.look_until(lambda: "replica 1 gets new:1" in world.engine.done)
+    world.settle()
+    assert world.engine.done[:2] == ["workers 0 end", "replica 0 is given up: worker 0 was killed"]
+    world.now_s = 61.0
+    world.keeper.look()
+    assert not world.keeper._repairs.jobs
+    world.engine.num_waiting = 20
+    world.keeper.look()
+    world.now_s = 63.0
+    world.look_until(lambda: "replica 0 gets new:2" in world.engine.done)
+    world.settle()
+    assert not world.keeper._repairs.failures.given_up
 
 
 @pytest.mark.parametrize("where", ["launcher", "engine"])
 def test_what_cannot_be_started_is_given_up(
     make: Callable[..., World], where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("manta.cluster.launch.keeper._RETRY_S", 0.0)
+    monkeypatch.setattr("manta.cluster.launch.repairs._RETRY_S", 0.0)
     world = make(data_parallel_size=1)
     if where == "launcher":
         world.launcher.errors = ["no room"] * 3
@@ -319,11 +433,11 @@ def test_replicas_come_and_go_with_the_load(make: Callable[..., World]) -> None:
 
 
 def test_closing_ends_a_repair(make: Callable[..., World], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("manta.cluster.launch.keeper._RETRY_S", 20.0)
+    monkeypatch.setattr("manta.cluster.launch.repairs._RETRY_S", 20.0)
     world = make()
     world.launcher.errors = ["no room"]
     world.launcher.dead["worker", 0] = "killed"
     world.look_until(lambda: not world.launcher.errors)
-    threads = list(world.keeper._repairs.values())
+    threads = list(world.keeper._repairs._threads.values())
     world.keeper.close()
     assert not any(thread.is_alive() for thread in threads)
