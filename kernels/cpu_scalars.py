@@ -40,14 +40,14 @@ class _TellsOnce(compiling.Listener):
     """Says why the first start on a machine takes half a minute, when there is something to compile."""
 
     def on_start(self, event: Any) -> None:
-        compiling.unregister("numba:run_pass", self)
+        compiling.unregister("numba:run_pass", self)  # type: ignore[no-untyped-call]
         logger.info("compiling kernels for this CPU; later starts find them on the disk")
 
     def on_end(self, event: Any) -> None:
         pass
 
 
-compiling.register("numba:run_pass", _TellsOnce())
+compiling.register("numba:run_pass", _TellsOnce())  # type: ignore[no-untyped-call]
 
 
 # numba's type stubs count the typing context among the caller's arguments
