@@ -175,6 +175,9 @@ class ReplicaLoop:
             except WrongResultError as error:
                 rank = self.group.output_rank
                 raise WorkerError(rank, self.group.addresses[rank], str(error)) from None
+            if self._scheduler.num_in_flight(self.index) == len(self._in_flight):  # it is of an earlier epoch
+                self._publish(events, self.index)
+                continue
             sent = self._in_flight.popleft()
             self._send_plans(streams, on_requeue)  # first of all: a device may be waiting
             if self._scheduler.idle_replicas:
