@@ -1,6 +1,7 @@
 """Replicas on a virtual clock: real schedulers, workers that only take time. Used by routing.py and fairness.py.
 
-A step takes `step_s + token_s * tokens`, one after the other per replica, two plans in flight; nothing else takes time.
+A step takes `step_s + token_s * tokens`, one after the other per replica, two plans in flight. An answer and the plan
+that is made of it take `round_trip_s` together, which a device waits for that has no other plan.
 """
 
 import heapq
@@ -21,6 +22,7 @@ LOOK_AGAIN_S = 0.05  # as the engine does for a replica that has left a request 
 class StepTime:
     step_s: float = 0.005
     token_s: float = 25e-6
+    round_trip_s: float = 0.0
 
     def of(self, num_tokens: int) -> float:
         return self.step_s + self.token_s * num_tokens
@@ -61,6 +63,7 @@ class VirtualCluster:
     now_s: float = 0.0
     plan_s: float = 0.0  # real time that plans took
     num_steps: int = 0
+    num_tokens: int = 0  # in plans
 
     def __post_init__(self) -> None:
         self._sites = [_Site(scheduler, i) for scheduler in self.schedulers for i in range(self.num_replicas)]
@@ -104,9 +107,11 @@ class VirtualCluster:
         site = self._sites[index]
         while (plan := self._timed_plan(site)) is not None:
             num_sampled = site.scheduler._replicas[site.replica].in_flight[-1].num_sampled
-            self._free_s[index] = max(self.now_s, self._free_s[index]) + self.step_time.of(plan.num_tokens)
+            begin_s = max(self.now_s + self.step_time.round_trip_s / 2, self._free_s[index])
+            self._free_s[index] = begin_s + self.step_time.of(plan.num_tokens)
             result = StepResult(plan.epoch, plan.step, np.full(num_sampled, 3, np.int32))
-            self._at(self._free_s[index], lambda result=result: self._answer(index, result))  # type: ignore[misc]
+            heard_s = self._free_s[index] + self.step_time.round_trip_s / 2
+            self._at(heard_s, lambda result=result: self._answer(index, result))  # type: ignore[misc]
         if site.replica in site.scheduler.idle_replicas and not self._looks_again[index]:
             self._looks_again[index] = True
             self._at(self.now_s + LOOK_AGAIN_S, lambda: self._look_again(index))
@@ -116,6 +121,7 @@ class VirtualCluster:
         plan = site.scheduler.plan(site.replica)
         self.plan_s += time.perf_counter() - begin_s
         self.num_steps += plan is not None
+        self.num_tokens += 0 if plan is None else plan.num_tokens
         return plan
 
     def _look_again(self, index: int) -> None:

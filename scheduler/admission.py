@@ -84,6 +84,7 @@ class Admission:
     def __init__(self, replica: Replica, enable_chunked_prefill: bool) -> None:
         self._replica = replica
         self._enable_chunked_prefill = enable_chunked_prefill
+        self.num_kept_blocks = 0  # that must be left when a sequence is admitted, beside those that run
         self._short: tuple[Sequence, BlockPool, int] | None = None  # who lacked blocks, with pool.num_freed then
 
     def has_room(self, draft: Draft, num_waiting: int) -> bool:
@@ -183,7 +184,7 @@ class Admission:
         """Whether `num_new` blocks can be taken beside `hits`. One in a hundred stays free for those that run: who
         comes in last would be the first to be preempted for them."""
         pool = self._replica.pool
-        reserve = pool.num_blocks // 100 if self._replica.residents else 0
+        reserve = max(pool.num_blocks // 100, self.num_kept_blocks) if self._replica.residents else 0
         return pool.num_free - pool.num_unreferenced(hits) >= num_new + reserve
 
     def _may_start(self, num_tokens: int, budget: int) -> bool:

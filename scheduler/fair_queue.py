@@ -1,4 +1,5 @@
-"""The queue of the "fair" policy: the tenant that was served least comes first, with its requests in their order."""
+"""The queue of the "fair" policy: the tenant that was served least comes first, with its requests in their order. Light
+tenants (tenants.py) come before others."""
 
 from collections import OrderedDict
 from collections.abc import Container, Iterator
@@ -17,7 +18,7 @@ class FairQueue:
     """
 
     def __init__(self, meter: TenantMeter) -> None:
-        self.is_tight = False  # few slots are left: only tenants without running sequences are next
+        self.is_tight = False  # few slots are left: only light tenants are next
         self._meter = meter
         self._waiting: list[OrderedDict[int, Sequence]] = []  # by tenant's number, then by request id
         self._tokens: list[int] = []  # by tenant's number
@@ -42,6 +43,9 @@ class FairQueue:
         if self.is_tight:
             return self.first(())
         levels = self._meter.service[: len(self._gates)] + self._gates
+        if self._meter.light_prompt is not None:
+            light = np.where(self._meter.is_light[: len(self._gates)], levels, np.inf)
+            levels = light if np.isfinite(light).any() else levels
         number = int(levels.argmin())
         equal = np.flatnonzero(levels == levels[number])
         if len(equal) > 1:
@@ -50,10 +54,10 @@ class FairQueue:
 
     def first(self, passed: Container[Sequence]) -> Sequence | None:
         """The first that is not among those passed over."""
-        num_running = self._meter.num_running
+        is_light = self._meter.is_light
         for number in self._order():
-            if self.is_tight and num_running[number]:
-                continue
+            if self.is_tight and not is_light[number]:
+                return None
             for sequence in self._waiting[number].values():
                 if sequence not in passed:
                     return sequence
@@ -63,6 +67,7 @@ class FairQueue:
         number = self._number(sequence)
         if not self._waiting[number]:
             self._lift(number)
+        self._meter.note_arrival(number, len(sequence.tokens))
         self._put(number, sequence)
 
     def push_front(self, sequence: Sequence) -> None:
@@ -114,9 +119,10 @@ class FairQueue:
             self._meter.lift(number, float(service[self._last_left]))
 
     def _order(self) -> list[int]:
-        """Numbers of the tenants that wait, least served first."""
+        """Numbers of the tenants that wait: the light ones, and least served first."""
+        meter = self._meter
         waiting = np.flatnonzero(self._gates == 0).tolist()
-        return sorted(waiting, key=lambda number: (self._meter.service[number], self._turns[number]))
+        return sorted(waiting, key=lambda n: (not meter.is_light[n], meter.service[n], self._turns[n]))
 
     def _number(self, sequence: Sequence) -> int:
         number = self._meter.number(sequence.request.tenant)

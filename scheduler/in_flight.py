@@ -32,6 +32,10 @@ class InFlightStep:
     left: set[int] = field(default_factory=set)  # slots given up since
 
     @property
+    def num_tokens(self) -> int:
+        return len(self.rows) + sum(prefill.num_tokens for prefill in self.prefills.values())
+
+    @property
     def num_sampled(self) -> int:
         return len(self.rows) + sum(prefill.samples for prefill in self.prefills.values())
 

@@ -76,6 +76,8 @@ def _apply_prefills(replica: Replica, step: InFlightStep, tokens: Tokens, events
             continue
         sequence = prefill.sequence
         sequence.num_computed += prefill.num_tokens
+        if token is not None and replica.meter is not None:
+            replica.meter.charge_rows(replica.tenants[slot : slot + 1])
         if token is not None and sequence.beam is None:
             num_tokens = len(sequence.tokens)
             replica.slots.tokens[slot, num_tokens] = token

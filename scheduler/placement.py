@@ -13,6 +13,7 @@ Estimates only decide where to look: what is really cached, and whether there is
 
 from manta.scheduler.replica import HASH_STRIDE, Replica
 from manta.scheduler.sequence import Sequence
+from manta.scheduler.tenants import TenantMeter
 from manta.scheduler.waiting import WaitingQueue
 
 MAX_PASSED = 8  # requests in one plan that others behind them may overtake
@@ -21,9 +22,10 @@ _HELD_SHARE = 32  # so many tokens that running sequences hold weigh as much as 
 
 
 class Placement:
-    def __init__(self, replicas: list[Replica], queue: WaitingQueue) -> None:
+    def __init__(self, replicas: list[Replica], queue: WaitingQueue, meter: TenantMeter | None = None) -> None:
         self._replicas = replicas
         self._queue = queue
+        self._meter = meter
         self._step_tokens = max(1, min(each.capacity.max_num_batched_tokens for each in replicas) // _STEP_SHARE)
         self._clocks = [0] * len(replicas)  # tokens of work planned
         self._passed: dict[Sequence, None] = {}  # in this plan
@@ -89,6 +91,7 @@ class Placement:
     def _best_other(self, here: int, sequence: Sequence, cached: list[int]) -> tuple[int, int, bool]:
         """The replica that saves most beside this one, how many tokens, and whether it has room for the request."""
         picture, loads = self._replicas[here], self._loads
+        is_light = self._meter is not None and bool(self._meter.is_light[self._meter.number(sequence.request.tenant)])
         is_idle = not picture.residents and not picture.in_flight
         best, most, best_has_room = -1, 0, False
         for other in range(len(self._replicas)):
@@ -96,7 +99,9 @@ class Placement:
                 continue
             saved = cached[other] - cached[here] - self._step_tokens  # it plans later
             has_room = self._has_room(other, len(sequence.tokens) - cached[other])
-            if has_room:
+            if is_light:  # it does not queue behind what a replica has, but for what is in flight
+                saved -= sum(step.num_tokens for step in self._replicas[other].in_flight)
+            elif has_room:
                 saved += loads[here] - loads[other]
             elif is_idle:
                 continue

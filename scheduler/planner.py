@@ -38,13 +38,15 @@ class Planner:
         self._admission = Admission(replica, enable_chunked_prefill)
         self._fair_share: FairShare | None = None
         if isinstance(queue, FairQueue) and replica.meter is not None:
-            self._fair_share = FairShare(replica, queue, replica.meter)
+            self._fair_share = FairShare(replica, queue, replica.meter, enable_chunked_prefill)
 
     def plan(self) -> StepPlan | None:
         """The next step; None if there is nothing to run now or enough plans are unanswered. Lanes take turns;
         those without work are passed over."""
         replica = self._replica
         if len(replica.in_flight) >= replica.capacity.max_in_flight:
+            return None
+        if self._fair_share is not None and self._waits_for_light(self._fair_share):
             return None
         plan = self._plan_step()
         while plan is None and replica.parked and not replica.in_flight and (replica.followers or self._queue):
@@ -65,6 +67,8 @@ class Planner:
             if replica.followers:
                 num_tokens, has_room = self._admit_followers(draft, budget)
                 budget -= num_tokens
+            if self._fair_share is not None:
+                budget = self._plan_light(self._fair_share, draft, budget, has_room)
             if draft.lane.prefilling:
                 if self._fair_share is not None and self._queue and has_room:
                     budget -= self._admit_ahead(self._fair_share, draft, budget)
@@ -76,6 +80,31 @@ class Planner:
                 self._call_pending(draft)
                 return plan
         return None
+
+    def _waits_for_light(self, fair_share: FairShare) -> bool:
+        """A plan begins. Whether it is better made later, so that the next of a light tenant does not wait for it. If
+        one waits for blocks already, others give them up."""
+        fair_share.begin()
+        if fair_share.waits():
+            return True
+        while fair_share.num_lacking() and (last := last_in_rank(self._replica)).rank[0]:
+            self._preempt(last)
+        return False
+
+    def _plan_light(self, fair_share: FairShare, draft: Draft, budget: int, has_room: bool) -> int:
+        """Prompts of light tenants. Returns how much of the budget others may take."""
+        left = budget
+        for sequence in filter(fair_share.is_light, list(draft.lane.prefilling.values())):
+            num_tokens = min(left, len(sequence.tokens) - sequence.num_planned)
+            if num_tokens and sequence.slot not in draft.prefills:
+                draft.add_prefill(sequence, num_tokens)
+                left -= num_tokens
+        while has_room and left > 0 and fair_share.light_next() is not None:
+            num_tokens = self._admit(draft, left, max_num_seqs=1, only_light=True)
+            if not num_tokens:
+                break
+            left -= num_tokens
+        return fair_share.room(draft, left)
 
     def _admit_ahead(self, fair_share: FairShare, draft: Draft, budget: int) -> int:
         """One sequence at most. Returns how much of the budget it takes."""
@@ -114,7 +143,6 @@ class Planner:
                 return budget - left, False
             replica.followers.remove(sequence)
             left -= draft.prefills[sequence.slot].num_tokens
-            self._charge(sequence, 0)
             if not sequence.started:
                 sequence.started = True
                 self._events.started.append(Started(sequence.request, 0, is_follower=True))
@@ -134,7 +162,7 @@ class Planner:
             for sequence in reversed(called[num_near:]):
                 self._queue.push_front(sequence)
 
-    def _admit(self, draft: Draft, budget: int, max_num_seqs: int = sys.maxsize) -> int:
+    def _admit(self, draft: Draft, budget: int, max_num_seqs: int = sys.maxsize, *, only_light: bool = False) -> int:
         """Returns how much of the budget they take."""
         placement, left = self._placement, budget
         while left > 0 and max_num_seqs > 0 and self._admission.has_room(draft, len(self._queue)):
@@ -143,6 +171,10 @@ class Planner:
             sequence = self._queue.peek() if placement is None else placement.choose(self._replica.index)
             if sequence is None:
                 break
+            if self._fair_share is not None:
+                self._admission.num_kept_blocks = self._fair_share.num_kept_blocks(sequence)
+                if only_light and not self._fair_share.is_light(sequence):
+                    break
             num_cached = self._admission.admit(sequence, draft, left)
             if num_cached < 0:
                 break
@@ -150,8 +182,8 @@ class Planner:
             sequence.passed_at.clear()
             max_num_seqs -= 1
             left -= draft.prefills[sequence.slot].num_tokens
-            self._charge(sequence, 0 if sequence.started else len(sequence.tokens) - num_cached)
             if not sequence.started:
+                self._charge(sequence, num_cached)
                 sequence.started = True
                 self._tell_started(sequence, num_cached)
                 if self._replica.enable_prefix_caching:
@@ -159,11 +191,11 @@ class Planner:
                     self._counters.num_prefix_hits += num_cached
         return budget - left
 
-    def _charge(self, sequence: Sequence, num_input: int) -> None:
-        """Its tenant, for tokens of its prompt and for the one of output that follows."""
+    def _charge(self, sequence: Sequence, num_cached: int) -> None:
+        """Its tenant, for the tokens of its prompt."""
         meter = self._replica.meter
         if meter is not None:
-            meter.charge(sequence.request.tenant, num_input, int(sequence.request.pooling is None))
+            meter.charge(sequence.request.tenant, max(0, len(sequence.request.prompt) - num_cached))
 
     def _tell_started(self, sequence: Sequence, num_cached: int) -> None:
         if not isinstance(sequence.group, BeamGroup):

@@ -71,13 +71,15 @@ class Replica:
         sequence.slot = self.slots.take(sequence)
         sequence.replica = self.index
         sequence.status = Status.PREFILLING
-        if sequence.beam is None or not sequence.started:  # a beam keeps the place of its search
-            sequence.rank = (sequence.request.priority if self.use_priority else 0, self.num_admitted)
-            self.num_admitted += 1
-        self.residents[sequence.slot] = sequence
+        importance = sequence.request.priority if self.use_priority else 0
         if self.meter is not None:
             number = self.tenants[sequence.slot] = self.meter.number(sequence.request.tenant)
             self.meter.num_running[number] += 1
+            importance = int(not self.meter.is_light[number])
+        if sequence.beam is None or not sequence.started:  # a beam keeps the place of its search
+            sequence.rank = (importance, self.num_admitted)
+            self.num_admitted += 1
+        self.residents[sequence.slot] = sequence
         self.stops.add(sequence.request.stop_token_ids)
         self.num_asking += sequence.request.asks_logprobs
         lane.join(sequence)

@@ -35,6 +35,7 @@ from manta.scheduler.waiting import FcfsQueue, PriorityQueue, WaitingQueue
 Policy = Literal["fcfs", "priority", "fair"]
 
 _NO_EVENTS = Events()
+_WINDOW_STEPS = 64  # full steps of every replica: what tenants were served in these is lately
 _NUM_LOOKED_AT = 64  # sequences that a lost replica had are in front
 
 
@@ -68,7 +69,8 @@ class Scheduler:
         self._sequences: dict[int, Sequence] = {}  # by request id, waiting or resident; without beams
         self._searches: dict[int, BeamGroup] = {}  # by request id
         self._groups: dict[Group, None] = {}
-        meter = TenantMeter(tenant_weights or {}) if policy == "fair" else None
+        window = _WINDOW_STEPS * sum(capacity.max_num_batched_tokens for capacity in replicas)
+        meter = TenantMeter(tenant_weights or {}, window) if policy == "fair" else None
         self._queue = _queue_of(policy, meter)
         self._events = Events()
         hasher = PrefixHasher(self._max_model_len if enable_prefix_caching else 0, replicas[0].block_size)
@@ -83,7 +85,7 @@ class Scheduler:
             )
             for i, capacity in enumerate(replicas)
         ]
-        self._placement = Placement(self._replicas, self._queue) if len(replicas) > 1 else None
+        self._placement = Placement(self._replicas, self._queue, meter) if len(replicas) > 1 else None
         self._planners = [
             Planner(replica, self._queue, self._placement, self.counters, self._events, enable_chunked_prefill)
             for replica in self._replicas

@@ -72,13 +72,13 @@ def test_who_was_away_cannot_claim_what_it_did_not_ask_for() -> None:
     queue = FairQueue(meter)
     for id in range(3):
         queued(id, "busy", meter, queue)
-    meter.charge("busy", 1000, 0)
+    meter.charge("busy", 1000)
     for id in range(10, 13):
         queued(id, "back", meter, queue)
     order = []
     while (sequence := queue.peek()) is not None:
         order.append(sequence.request.tenant)
-        meter.charge(sequence.request.tenant, 10, 0)
+        meter.charge(sequence.request.tenant, 10)
         queue.remove(sequence)
         queue.check()
     assert order in (["busy", "back"] * 3, ["back", "busy"] * 3)
@@ -90,7 +90,7 @@ def test_who_lost_its_place_comes_before_the_others_of_its_tenant() -> None:
     first, second = queued(0, "a", meter, queue), queued(1, "a", meter, queue)
     queue.remove(first)
     queued(2, "b", meter, queue)
-    meter.charge("a", 5, 0)
+    meter.charge("a", 5)
     queue.push_front(first)
     queue.check()
     assert [each.request.id for each in queue] == [2, 0, 1]
