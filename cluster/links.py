@@ -21,6 +21,10 @@ class LinkLostError(ConnectionError):
     """The other side has ended the link, or it broke; the message says how."""
 
 
+class LinkSilentError(LinkLostError):
+    """Nothing has come for too long. The connection is there: the other side is stopped, or cut off."""
+
+
 class Link:
     """One connection. Made on the event loop that uses it; `sock` is connected and does not block. `pings`: whether
     this side is the one that connected."""
@@ -55,7 +59,7 @@ class Link:
         """The next frame; one reader at a time. Raises LinkLostError."""
         while not self._frames:
             if self._lost is not None:
-                raise LinkLostError(self._lost)
+                raise LinkSilentError(self._lost) if self._num_silent >= NUM_SILENT else LinkLostError(self._lost)
             self._reader = self._loop.create_future()
             await self._reader
         return self._frames.popleft()

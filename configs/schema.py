@@ -150,6 +150,14 @@ class ServeConfig(BaseModel):
         "a worker group, the scheduler or a frontend that fails so often within a minute is given up",
         ge=1,
     )
+    standby_workers: int = option(
+        0,
+        "Front end",
+        "processes without a device, 200 MB each, that have done what a new worker does first when another one dies; "
+        "local backend only",
+        ge=0,
+        le=64,
+    )
     batch_dir: str | None = option(
         None, "Batches", "folder on a local disk for /v1/files and /v1/batches, which do not exist without it"
     )

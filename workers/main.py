@@ -14,11 +14,14 @@ from pathlib import Path
 
 from manta.workers.parent import watch_parent
 from manta.workers.server import WorkerServer
+from manta.workers.standby import import_all, wait_for_turn
 
 
 def main() -> None:
     args = _parser().parse_args()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    if args.standby and not _is_wanted():
+        return
     ended = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: ended.set())
     signal.signal(signal.SIGINT, lambda *_: ended.set())
@@ -41,12 +44,27 @@ def main() -> None:
     os._exit(0)
 
 
+def _is_wanted() -> bool:
+    """Stands by; False when the one that might call is gone. A signal ends it meanwhile."""
+    import_all(on_cpu=os.environ.get("CUDA_VISIBLE_DEVICES") == "")
+    try:
+        return wait_for_turn(sys.stdin)
+    except (RuntimeError, ValueError) as error:
+        print(f"MANTA_ERROR {error}", flush=True)
+        return False
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m manta.workers.main", description="one worker process")
     parser.add_argument("--host", default="127.0.0.1", help="address to bind, which the other ranks reach")
     parser.add_argument("--port", type=int, default=0, help="0 takes a free one")
     parser.add_argument("--address-file", type=Path, help="the address is written here too")
     parser.add_argument("--parent-pid", type=int, help="end when this is no longer the parent process")
+    parser.add_argument(
+        "--standby",
+        action="store_true",
+        help="import everything, then wait for a line on standard input, a JSON object of environment variables",
+    )
     return parser
 
 

@@ -1,6 +1,5 @@
 """The gRPC server of one worker, for a plain process and for a Ray actor alike."""
 
-import importlib
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +9,7 @@ import grpc
 from manta.protos.worker_pb2_grpc import add_WorkerServicer_to_server
 from manta.workers.lease import LEASE_S, Lease
 from manta.workers.service import WorkerService
+from manta.workers.standby import import_all
 
 # A Run stream holds a thread for its whole life; the rest answer Describe while old streams are still ending.
 NUM_CALL_THREADS = 16
@@ -61,7 +61,7 @@ class WorkerServer:
         """
         port = self._server.add_insecure_port(f"{self._host}:{self._port}")
         self._server.start()
-        threading.Thread(target=importlib.import_module, args=("manta.workers.rank",), daemon=True).start()
+        threading.Thread(target=import_all, args=(False,), daemon=True).start()
         return f"{self._host}:{port}"
 
     def stop(self) -> None:

@@ -7,7 +7,7 @@ from google.protobuf.message import DecodeError
 
 from manta.cluster.engine.codec import Reply, decode_reply
 from manta.cluster.engine.workers import WorkerError, WorkerGroup
-from manta.cluster.links import LinkLostError
+from manta.cluster.links import LinkLostError, LinkSilentError
 from manta.cluster.streams import Stream
 
 
@@ -58,7 +58,8 @@ class EpochStreams:
         except grpc.aio.AioRpcError as error:
             raise self._group.error(rank, error) from None
         except LinkLostError as error:
-            raise self._failure(rank, f"the process does not answer ({error})") from None
+            reason, was_silent = f"the process does not answer ({error})", isinstance(error, LinkSilentError)
+            raise WorkerError(rank, self._group.addresses[rank], reason, was_silent=was_silent) from None
         try:
             reply = decode_reply(message)
         except (DecodeError, ValueError) as error:

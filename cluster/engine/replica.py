@@ -28,6 +28,7 @@ class Deadlines:
     step_s: float = 60.0
     step_per_token_s: float = 0.1
     probe_s: float = 3.0  # for a worker to show that it is alive after an epoch ended
+    silent_probe_s: float = 0.5  # for one that was silent for seconds
     check_every_s: float = 1.0
     max_failed_epochs: int = 3  # in a row, each short
 
@@ -104,7 +105,7 @@ class ReplicaLoop:
         if self._failed_epochs >= self._deadlines.max_failed_epochs:
             return f"{error} ({self._failed_epochs} times in a row)"
         try:
-            await self.group.check(self._deadlines.probe_s)
+            await self.group.check(self._deadlines.silent_probe_s if error.was_silent else self._deadlines.probe_s)
         except WorkerError as dead:
             return str(dead)
         if len(self.group.addresses) > 1:

@@ -1,5 +1,6 @@
 """Plain processes on this host: how a notebook, one GPU box and a machine without Ray run Manta."""
 
+import json
 import os
 import threading
 from itertools import takewhile
@@ -13,6 +14,8 @@ from manta.configs.schema import ServeConfig
 _SPAWN_TIMEOUT_S = 120.0
 _LOAD_TIMEOUT_S = 3600.0  # reading the weights of a large model from a slow disk
 _END_TIMEOUT_S = 5.0
+_STANDBY_DELAY_S = 5.0  # longer than a worker takes to load a small model
+_WORKER = "manta.workers.main"
 
 
 def local_gpus(host_gpus: Path = Path("/proc/driver/nvidia/gpus")) -> list[str]:
@@ -35,6 +38,8 @@ class LocalLauncher:
         self._scheduler_address = ""
         self._frontends: list[ChildProcess] = []
         self._doors: FrontendAddress | None = None
+        self._standby: list[ChildProcess] = []  # workers that wait for their turn
+        self._standby_env: dict[str, str] = {}
         self._lock = threading.Lock()  # held while a process is started or all are ended
         self._stopped = False
 
@@ -46,6 +51,7 @@ class LocalLauncher:
         use_gpus = len(gpus) >= num_workers
         cpu_env = cpu_worker_env(cores_per_worker(os.cpu_count() or 1, num_workers))
         self._worker_envs = [{"CUDA_VISIBLE_DEVICES": gpus[i]} if use_gpus else cpu_env for i in range(num_workers)]
+        self._standby_env = {} if use_gpus else cpu_env
         self._workers = [[] for _ in range(config.max_num_replicas)]
         for replica in range(config.num_replicas_at_start):
             self._start_ranks(replica, config.num_ranks)
@@ -55,6 +61,7 @@ class LocalLauncher:
         for child in self._workers[replica]:
             child.kill()
         self._start_ranks(replica, config.num_ranks)
+        self._stand_by(config, _STANDBY_DELAY_S)
         return [child.wait_for_address(_SPAWN_TIMEOUT_S) for child in self._workers[replica]]
 
     def waiting_for_room(self) -> dict[int, str]:
@@ -71,15 +78,36 @@ class LocalLauncher:
     def _start_ranks(self, replica: int, num_ranks: int) -> None:
         with self._lock:
             self._check_not_stopped()
-            self._workers[replica] = [
-                ChildProcess(
-                    f"worker {number}",
-                    "manta.workers.main",
-                    ["--port", "0", *_parent()],
-                    self._worker_envs[number],
-                )
-                for number in range(replica * num_ranks, (replica + 1) * num_ranks)
-            ]
+            numbers = range(replica * num_ranks, (replica + 1) * num_ranks)
+            self._workers[replica] = [self._start_worker(number) for number in numbers]
+
+    def _start_worker(self, number: int) -> ChildProcess:
+        """One that stood by, if there is one, else a new process. `_lock` is held."""
+        name, env = f"worker {number}", self._worker_envs[number]
+        while self._standby:
+            child = self._standby.pop()
+            if child.ended() is None:
+                child.name = name
+                child.tell(json.dumps(env))
+                return child
+        return ChildProcess(name, _WORKER, ["--port", "0", *_parent()], env)
+
+    def _stand_by(self, config: ServeConfig, delay_s: float) -> None:
+        """Starts, after a while in which others need the cores, the processes that are to stand by and do not."""
+
+        def start() -> None:
+            with self._lock:
+                if self._stopped:
+                    return
+                self._standby = [child for child in self._standby if child.ended() is None]
+                for _ in range(config.standby_workers - len(self._standby)):
+                    args = ["--port", "0", "--standby", *_parent()]
+                    self._standby.append(ChildProcess("standby worker", _WORKER, args, self._standby_env))
+
+        if config.standby_workers:
+            timer = threading.Timer(delay_s, start)
+            timer.daemon = True
+            timer.start()
 
     def start_scheduler(self, config: ServeConfig, workers: list[list[str]]) -> str:
         self._start_scheduler(config, workers, [])
@@ -108,6 +136,7 @@ class LocalLauncher:
         for child in self._frontends:
             address = self._open(child, scheduler, address)
         self._doors = address
+        self._stand_by(config, 0.0)
         return address
 
     def replace_frontend(self, config: ServeConfig, index: int) -> None:
@@ -128,12 +157,14 @@ class LocalLauncher:
             Death(why, ("worker", replica))
             for replica, children in enumerate(self._workers)
             for child in children
-            if (why := child.ended())
+            if (why := child.ended() or child.stopped())
         ]
-        if self._scheduler is not None and (why := self._scheduler.ended()):
+        if self._scheduler is not None and (why := self._scheduler.ended() or self._scheduler.stopped()):
             deaths.append(Death(why, ("scheduler", 0)))
         return deaths + [
-            Death(why, ("frontend", index)) for index, child in enumerate(self._frontends) if (why := child.ended())
+            Death(why, ("frontend", index))
+            for index, child in enumerate(self._frontends)
+            if (why := child.ended() or child.stopped())
         ]
 
     def stop(self, grace_s: float) -> None:
@@ -143,13 +174,13 @@ class LocalLauncher:
         for children, patience_s in (
             (self._frontends, grace_s + _END_TIMEOUT_S),
             (scheduler, _END_TIMEOUT_S),
-            ([child for replica in self._workers for child in replica], _END_TIMEOUT_S),
+            (self._standby + [child for replica in self._workers for child in replica], _END_TIMEOUT_S),
         ):
             for child in children:
                 child.terminate()
             for child in children:
                 child.join(patience_s)
-        self._frontends, self._scheduler, self._workers = [], None, []
+        self._frontends, self._scheduler, self._workers, self._standby = [], None, [], []
 
     def _check_not_stopped(self) -> None:
         if self._stopped:

@@ -6,13 +6,16 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
+from pathlib import Path
 from queue import Empty, Queue
 
 from manta.cluster.launch.launcher import LaunchError
 
 _ADDRESS = "MANTA_ADDRESS "
 _ERROR = "MANTA_ERROR "
+STOPPED_S = 1.0  # a child that a signal has stopped for so long will not go on by itself
 
 
 class ChildProcess:
@@ -27,6 +30,7 @@ class ChildProcess:
         self._replies: Queue[str | None] = Queue()
         self._last_lines: deque[str] = deque(maxlen=20)
         self._error: str | None = None
+        self._stopped_since_s: float | None = None
         self._process = subprocess.Popen(
             [sys.executable, "-m", module, *args],
             stdin=subprocess.PIPE,
@@ -64,6 +68,23 @@ class ChildProcess:
     def ended(self) -> str | None:
         """One sentence if the child has ended by itself."""
         return None if self._process.poll() is None else self._why_ended()
+
+    def stopped(self) -> str | None:
+        """One sentence if a signal, such as SIGSTOP, has stopped the child a while ago; Linux only. To be asked again
+        and again: it sees only what is. A debugger stops a process otherwise, which does not count."""
+        try:
+            state = Path(f"/proc/{self.pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
+        except (OSError, IndexError):
+            state = ""
+        if state != "T":
+            self._stopped_since_s = None
+            return None
+        now_s = time.monotonic()
+        if self._stopped_since_s is None:
+            self._stopped_since_s = now_s
+        if now_s - self._stopped_since_s < STOPPED_S:
+            return None
+        return f"{self.name} has been stopped by a signal"
 
     def terminate(self) -> None:
         """Asks the child to end."""

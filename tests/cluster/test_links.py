@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from manta.cluster.link_listener import LinkListener
-from manta.cluster.links import Link, LinkLostError, connect
+from manta.cluster.links import Link, LinkLostError, LinkSilentError, connect
 from tests.support.fake_deployment import run, until
 
 
@@ -125,10 +125,10 @@ def test_a_side_that_is_silent_is_given_up() -> None:
 
     async def test() -> None:
         async with raw_pair(pings=True, ping_every_s=0.01) as (link, _other):
-            with pytest.raises(LinkLostError, match="nothing came for"):
+            with pytest.raises(LinkSilentError, match="nothing came for"):
                 await link.read()
         async with raw_pair(ping_every_s=0.01) as (link, _other):  # nor does one that should ping
-            with pytest.raises(LinkLostError, match="nothing came for"):
+            with pytest.raises(LinkSilentError, match="nothing came for"):
                 await link.read()
 
     run(test())

@@ -1,5 +1,6 @@
 """The worker process: how it says where it is, and when it ends."""
 
+import io
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from manta.workers.standby import wait_for_turn
 from tests.support.worker_client import WorkerClient
 
 DEADLINE_S = 60.0
@@ -97,3 +99,28 @@ def test_says_when_it_has_no_such_address(host: str) -> None:
     assert ended.returncode == 1
     assert ended.stdout.startswith(f"MANTA_ERROR worker cannot listen on {host}:0")
     assert ended.stdout.count("\n") == 1
+
+
+def test_stands_by_until_it_is_called() -> None:
+    """It has imported everything and listens nowhere; the line it gets may come before it is ready."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "manta.workers.main", "--standby"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write('{"CUDA_VISIBLE_DEVICES": "", "NOTHING": "1"}\n')
+    process.stdin.flush()
+    line = process.stdout.readline()
+    assert line.startswith("MANTA_ADDRESS ")
+    client = WorkerClient(line.split()[1])
+    assert client.describe().pid == process.pid
+    client.close()
+    process.kill()
+    process.wait()
+    process.stdin.close()
+    process.stdout.close()
+
+
+def test_one_that_stands_by_ends_when_nobody_can_call_it() -> None:
+    assert not wait_for_turn(io.StringIO())

@@ -1,6 +1,8 @@
 """Which device each plain worker process is given."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -8,6 +10,7 @@ from manta.cluster.launch import local
 from manta.cluster.launch.launcher import LaunchError
 from manta.cluster.launch.local import LocalLauncher, local_gpus
 from manta.configs.schema import ServeConfig
+from tests.support.server import wait_until
 
 
 @pytest.mark.parametrize(
@@ -89,3 +92,44 @@ def test_only_frontends_get_the_keys_and_in_no_words_of_a_command(monkeypatch: p
     words = " ".join(word for _, args, _ in started for word in args)
     assert "secret" not in words
     assert "sha256" not in words
+
+
+def test_a_worker_that_stands_by_takes_the_place_of_one_that_died(monkeypatch: pytest.MonkeyPatch) -> None:
+    children: list[Any] = []
+
+    class Child:
+        def __init__(self, name: str, module: str, args: list[str], env: dict[str, str]) -> None:
+            self.name, self.args, self.env, self.told, self.is_dead = name, args, env, "", False
+            children.append(self)
+
+        def wait_for_address(self, timeout_s: float) -> str:
+            return self.name
+
+        def tell(self, line: str) -> None:
+            self.told = line
+
+        def ended(self) -> str | None:
+            return "dead" if self.is_dead else None
+
+        def kill(self) -> None:
+            self.is_dead = True
+
+    monkeypatch.setattr(local, "ChildProcess", Child)
+    monkeypatch.setattr(local, "_STANDBY_DELAY_S", 0.0)
+    monkeypatch.setattr(local, "local_gpus", lambda: ["2", "5"])
+    config = ServeConfig(model="m", data_parallel_size=2, standby_workers=1)
+    launcher = LocalLauncher()
+    launcher.start_workers(config)
+    launcher.open_frontends(config, "here")
+    wait_until(lambda: len(children) == 3, 20, "one stands by")
+    standby = children[2]
+    assert "--standby" in standby.args
+    assert "CUDA_VISIBLE_DEVICES" not in standby.env
+    children[1].is_dead = True
+    assert launcher.replace_workers(config, 1) == ["worker 1"]
+    assert json.loads(standby.told) == {"CUDA_VISIBLE_DEVICES": "5"}
+    wait_until(lambda: len(children) == 4, 20, "another one stands by")
+    children[3].is_dead = True
+    standby.is_dead = True
+    launcher.replace_workers(config, 1)
+    assert "--standby" not in children[4].args  # there was none

@@ -2,13 +2,15 @@
 
 import io
 import os
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 
 from manta.cluster.launch.launcher import LaunchError, cores_per_worker
-from manta.cluster.launch.process import ChildProcess
+from manta.cluster.launch.process import STOPPED_S, ChildProcess
+from tests.support.server import wait_until
 
 
 @pytest.fixture
@@ -86,3 +88,32 @@ def test_same_interpreter(module: str) -> None:
     assert child.wait_for_address(20) == sys.executable
     child.terminate()
     child.join(10)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_child_that_a_signal_has_stopped_is_told_of_after_a_while(
+    module: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s = 0.0
+    monkeypatch.setattr("manta.cluster.launch.process.time.monotonic", lambda: now_s)
+    child = ChildProcess("role", module, ["print('MANTA_ADDRESS x'); threading.Event().wait()"])
+    child.wait_for_address(20)
+    assert child.stopped() is None
+    os.kill(child.pid, signal.SIGSTOP)
+    _wait_for_state(child.pid, "T")
+    assert child.stopped() is None  # it may go on in a moment
+    now_s += STOPPED_S
+    assert child.stopped() == "role has been stopped by a signal"
+    os.kill(child.pid, signal.SIGCONT)
+    _wait_for_state(child.pid, "S")
+    assert child.stopped() is None
+    os.kill(child.pid, signal.SIGSTOP)
+    _wait_for_state(child.pid, "T")
+    assert child.stopped() is None  # the time begins anew
+    child.kill()
+    assert child.stopped() is None
+
+
+def _wait_for_state(pid: int, state: str) -> None:
+    stat = Path(f"/proc/{pid}/stat")
+    wait_until(lambda: stat.read_text().rpartition(")")[2].split()[0] == state, 20, f"state {state}")
