@@ -90,7 +90,7 @@ class Admission:
     def has_room(self, draft: Draft, num_waiting: int) -> bool:
         """Whether the lane may take one more. A lane takes no more than its share of all, so that lanes stay even."""
         replica = self._replica
-        if not replica.slots.free or replica.starved:
+        if len(replica.slots.free) <= replica.num_expected or replica.starved:
             return False
         capacity = replica.capacity
         num_all = min(len(replica.residents) + num_waiting, capacity.max_num_seqs)
@@ -103,7 +103,7 @@ class Admission:
         if self._short == (sequence, pool, pool.num_freed):
             return -1
         if sequence.status is Status.PARKED:
-            return self._resume(sequence, draft)
+            return self._resume(sequence, draft, budget)
         num_tokens = len(sequence.tokens)
         hits, num_cached = self._find_computed(sequence, draft)
         num_new = blocks_for(num_tokens, replica.capacity.block_size) - len(hits)
@@ -151,22 +151,21 @@ class Admission:
             return donation[0].blocks[: blocks_for(donation[1], block_size)], donation[1]
         return hits, num_cached
 
-    def _resume(self, sequence: Sequence, draft: Draft) -> int:
-        """As `admit`, for a sequence that has its blocks. Its last token begins a block, or writes to a shared one, or
-        to one of its own."""
-        pool = self._replica.pool
-        index = sequence.num_computed // self._replica.capacity.block_size
-        begins_block = index == len(sequence.blocks)
-        if begins_block or not pool.is_own(sequence.blocks[index]):
-            if not pool.num_free:
-                self._short = (sequence, pool, pool.num_freed)
-                return -1
-            if begins_block:
-                sequence.blocks += pool.take(1)
-            else:
-                self._own_last_block(sequence, draft)
+    def _resume(self, sequence: Sequence, draft: Draft, budget: int) -> int:
+        """As `admit`, for a sequence that has the blocks of what is computed of it. What comes next begins a block, or
+        writes to a shared one, or to one of its own."""
+        pool, block_size = self._replica.pool, self._replica.capacity.block_size
+        index, num_tokens = sequence.num_computed // block_size, len(sequence.tokens)
+        num_new = blocks_for(num_tokens, block_size) - len(sequence.blocks)
+        copies_last = index < len(sequence.blocks) and not pool.is_own(sequence.blocks[index])
+        if pool.num_free < num_new + copies_last:
+            self._short = (sequence, pool, pool.num_freed)
+            return -1
+        if copies_last:
+            self._own_last_block(sequence, draft)
+        sequence.blocks += pool.take(num_new)
         del self._replica.parked[sequence]
-        self._enter(sequence, draft, 1)
+        self._enter(sequence, draft, min(budget, num_tokens - sequence.num_computed))
         return sequence.num_computed
 
     def _own_last_block(self, sequence: Sequence, draft: Draft) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from manta.scheduler.in_flight import InFlightStep, Prefill
 from manta.scheduler.lane import Lane
 from manta.scheduler.replica import Replica
-from manta.scheduler.sequence import Sequence
+from manta.scheduler.sequence import Sequence, Status
 from manta.scheduler.types import SeqAdd, StepPlan
 
 
@@ -51,6 +51,11 @@ class Draft:
         is_last = sequence.num_planned == len(sequence.tokens)
         pools = is_last and sequence.request.pooling is not None
         self.prefills[sequence.slot] = Prefill(sequence, start, num_tokens, is_last and not pools, pools)
+
+    def hold_frozen(self) -> None:
+        """Those of the lane that are about to move sit out the step."""
+        frozen = self.replica.frozen.values()
+        self.held += [each for each in frozen if each.lane == self.lane.index and each.status is Status.DECODING]
 
     def commit(self) -> StepPlan:
         """The plan is final: the picture moves on to the state after it."""

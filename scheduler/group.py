@@ -23,7 +23,9 @@ class Group:
     def has_leader(self) -> bool:
         """Whether somebody will call those that are pending."""
         return any(
-            member.status is Status.PREFILLING or (member.status is Status.WAITING and member not in self.pending)
+            member.status in (Status.PREFILLING, Status.MOVING)
+            or (member.status is Status.WAITING and member not in self.pending)
+            or (member.status is Status.PARKED and member.beam is None)  # it will compute what is left of it
             for member in self.members
         )
 

@@ -7,6 +7,7 @@ from manta.scheduler.block_pool import BlockPool
 from manta.scheduler.fair_queue import FairQueue
 from manta.scheduler.group import Group
 from manta.scheduler.lane import Lane
+from manta.scheduler.moves import Moves
 from manta.scheduler.placement import Placement
 from manta.scheduler.replica import Replica
 from manta.scheduler.sequence import Sequence, Status
@@ -16,12 +17,14 @@ from manta.scheduler.waiting import WaitingQueue
 def check_replica(replica: Replica) -> None:
     residents = list(replica.residents.values())
     tables = Counter(block for sequence in [*residents, *replica.parked] for block in sequence.blocks)
+    for blocks in (*replica.lent.values(), *replica.reserved.values()):
+        tables.update(blocks)
     check_pool(replica.pool, tables)
     assert bool(replica.in_flight) or not replica.pool.limbo, "blocks are in limbo with nothing in flight"
     assert all(until <= replica.step for until in replica.pool.limbo.values()), "a block waits for an unplanned step"
     _check_slots(replica)
     for sequence in replica.parked:
-        name = f"a parked beam of request {sequence.request.id}"
+        name = f"a parked sequence of request {sequence.request.id}"
         assert (sequence.status, sequence.replica) == (Status.PARKED, replica.index), f"{name} is elsewhere"
         expected = -(-sequence.num_computed // replica.capacity.block_size)
         assert sequence.slot == -1, f"{name} has a slot"
@@ -40,6 +43,10 @@ def check_replica(replica: Replica) -> None:
         _check_lane(lane, [sequence for sequence in residents if sequence.lane == lane.index])
     for slot, sequence in replica.starved.items():
         assert replica.residents.get(slot) is sequence, f"slot {slot} is starved and not resident"
+    for slot, sequence in replica.frozen.items():
+        assert replica.residents.get(slot) is sequence, f"slot {slot} is frozen and not resident"
+        assert sequence.status in (Status.PREFILLING, Status.DECODING), f"slot {slot} is frozen and ends"
+        assert slot not in replica.starved, f"slot {slot} is frozen and waits for a block"
     assert len(replica.in_flight) <= replica.capacity.max_in_flight, "too many plans in flight"
     steps = [step.step for step in replica.in_flight]
     assert steps == list(range(replica.step - len(steps) + 1, replica.step + 1)), f"steps {steps} are in flight"
@@ -101,6 +108,27 @@ def check_placement(placement: Placement, replicas: list[Replica]) -> None:
         empty = not (replica.residents or replica.parked or replica.followers or replica.in_flight)
         assert empty, f"replica {index} is closed and not empty"
     assert not placement.idle & placement.closed, "a closed replica waits for requests"
+
+
+def check_moves(moves: Moves, replicas: list[Replica]) -> None:
+    """Both ends of every move know of it, and a sequence is in one of them at most."""
+    for index, replica in enumerate(replicas):
+        coming = [move for move in moves.under_way if move.target == index]
+        going = {move.id for move in moves.under_way if (move.source, move.source_epoch) == (index, replica.epoch)}
+        assert set(replica.reserved) == {move.id for move in coming}, f"replica {index} awaits other moves"
+        assert set(replica.lent) == going, f"replica {index} lends blocks to other moves"
+        assert all(move.target_epoch == replica.epoch for move in coming), f"a move to replica {index} is late"
+        num_expected = sum(len(move.sequences) for move in coming)
+        assert replica.num_expected == num_expected, f"replica {index} expects {replica.num_expected} sequences"
+        for move in coming:
+            blocks = [block for part in move.parts for block in part.blocks]
+            assert replica.reserved[move.id] == blocks, f"move {move.id} has other blocks than are reserved"
+            assert len(set(move.copies.values())) == len(move.copies), f"move {move.id} writes a block twice"
+    sequences = moves.sequences
+    assert len(set(sequences)) == len(sequences), "a sequence moves twice"
+    for sequence in sequences:
+        assert sequence.status is Status.MOVING, f"request {sequence.request.id} moves and is {sequence.status.value}"
+        assert (sequence.slot, sequence.replica, sequence.blocks) == (-1, -1, []), "who moves has something left behind"
 
 
 def _check_slots(replica: Replica) -> None:

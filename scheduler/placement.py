@@ -37,7 +37,7 @@ class Placement:
     def choose(self, here: int) -> Sequence | None:
         """The next waiting request that the replica should take. Requests it passes over stay so until `settle`."""
         passed, queue = self._passed, self._queue
-        if len(self._replicas) - len(self.closed) == 1:
+        if self._num_others(here) == 0:
             return queue.peek()
         while len(passed) < MAX_PASSED:
             sequence = queue.first(passed)
@@ -45,6 +45,11 @@ class Placement:
                 return sequence
             passed[sequence] = None
         return None
+
+    def _num_others(self, here: int) -> int:
+        """Replicas beside this one that take requests."""
+        others = range(len(self._replicas))
+        return sum(index != here and index not in self.closed and self._replicas[index].accepts for index in others)
 
     def settle(self, here: int, num_tokens: int | None) -> None:
         """The replica has planned a step of so many tokens, or None."""
@@ -95,7 +100,7 @@ class Placement:
         is_idle = not picture.residents and not picture.in_flight
         best, most, best_has_room = -1, 0, False
         for other in range(len(self._replicas)):
-            if other == here or other in self.closed:
+            if other == here or other in self.closed or not self._replicas[other].accepts:
                 continue
             saved = cached[other] - cached[here] - self._step_tokens  # it plans later
             has_room = self._has_room(other, len(sequence.tokens) - cached[other])

@@ -49,7 +49,7 @@ class Planner:
         if self._fair_share is not None and self._waits_for_light(self._fair_share):
             return None
         plan = self._plan_step()
-        while plan is None and replica.parked and not replica.in_flight and (replica.followers or self._queue):
+        while plan is None and replica.parked and self._is_stuck():
             # Beams that wait hold what others, or they themselves, need: nobody else will make room.
             self._preempt(last_in_rank(replica))
             plan = self._plan_step()
@@ -57,11 +57,18 @@ class Planner:
             self._placement.settle(replica.index, None if plan is None else plan.num_tokens)
         return plan
 
+    def _is_stuck(self) -> bool:
+        """Nothing runs, nobody is about to leave, and somebody waits."""
+        replica = self._replica
+        return not (replica.in_flight or replica.frozen) and bool(replica.followers or self._queue)
+
     def _plan_step(self) -> StepPlan | None:
         replica = self._replica
         for turn in range(len(replica.lanes)):
             draft = Draft(replica, replica.lanes[(replica.next_lane + turn) % len(replica.lanes)])
             give_blocks(draft, self._preempt)
+            if replica.frozen:
+                draft.hold_frozen()
             budget = replica.capacity.max_num_batched_tokens - draft.num_decodes
             has_room = True
             if replica.followers:
@@ -96,7 +103,7 @@ class Planner:
         left = budget
         for sequence in filter(fair_share.is_light, list(draft.lane.prefilling.values())):
             num_tokens = min(left, len(sequence.tokens) - sequence.num_planned)
-            if num_tokens and sequence.slot not in draft.prefills:
+            if num_tokens and sequence.slot not in draft.prefills and sequence.slot not in self._replica.frozen:
                 draft.add_prefill(sequence, num_tokens)
                 left -= num_tokens
         while has_room and left > 0 and fair_share.light_next() is not None:
@@ -114,7 +121,8 @@ class Planner:
 
     def _continue_prefills(self, draft: Draft, budget: int) -> int:
         """Returns how much of the budget they take."""
-        begun = [sequence for slot, sequence in draft.lane.prefilling.items() if slot not in draft.prefills]
+        prefilling, frozen = draft.lane.prefilling, self._replica.frozen
+        begun = [each for slot, each in prefilling.items() if slot not in draft.prefills and slot not in frozen]
         if self._fair_share is not None and begun:
             parts = self._fair_share.split(begun, budget)
             for sequence, num_tokens in parts:
@@ -157,7 +165,9 @@ class Planner:
             if group is None or not group.pending or not prefill.samples:
                 continue
             called, group.pending = group.pending, []
-            num_near = len(called) if prefill.sequence.beam is not None else len(replica.slots.free)
+            num_near = len(replica.slots.free) if replica.accepts else 0
+            if prefill.sequence.beam is not None:
+                num_near = len(called)
             replica.followers += called[:num_near]
             for sequence in reversed(called[num_near:]):
                 self._queue.push_front(sequence)
@@ -165,6 +175,8 @@ class Planner:
     def _admit(self, draft: Draft, budget: int, max_num_seqs: int = sys.maxsize, *, only_light: bool = False) -> int:
         """Returns how much of the budget they take."""
         placement, left = self._placement, budget
+        if not self._replica.accepts:
+            return 0
         while left > 0 and max_num_seqs > 0 and self._admission.has_room(draft, len(self._queue)):
             if self._fair_share is not None:
                 self._fair_share.look()

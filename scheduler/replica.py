@@ -44,6 +44,7 @@ class Replica:
         self.tenants = np.zeros(capacity.max_num_seqs, np.intp)  # by slot: the meter's number
         self.epoch = 0
         self.num_admitted = 0
+        self.accepts = True  # False: it takes nobody from the queue, because it is about to go
         self.clear()
 
     def clear(self) -> None:
@@ -61,6 +62,10 @@ class Replica:
         self.parked: dict[Sequence, None] = {}  # have blocks and no slot
         self.followers: list[Sequence] = []  # waiting or parked; they enter this replica before anyone from the queue
         self.starved: dict[int, Sequence] = {}  # by slot: held back for want of a block that limbo will give
+        self.frozen: dict[int, Sequence] = {}  # by slot: nothing more is planned of them, they are about to move
+        self.lent: dict[int, list[int]] = {}  # by move: blocks that are read elsewhere, as often as tables had them
+        self.reserved: dict[int, list[int]] = {}  # by move: blocks that are being written, for sequences to come
+        self.num_expected = 0  # sequences that are on their way here: each will need a slot
         self.in_flight: deque[InFlightStep] = deque()
         self._filled: dict[int, int] = {}  # by slot: full blocks of decoding sequences, perhaps not published yet
         self.frees: list[int] = []  # slots that the workers have not been told of
@@ -86,6 +91,27 @@ class Replica:
 
     def leave(self, sequence: Sequence, status: Status) -> None:
         """Gives back slot and blocks; the sequence keeps the tokens that are confirmed."""
+        self._give_up_slot(sequence)
+        self._forget_blocks(sequence, status)
+
+    def lend(self, sequence: Sequence, move: int) -> tuple[list[int], int]:
+        """As `leave`, for a frozen sequence of which nothing is in flight: its blocks stay as they are until the move
+        is over. Returns them, and of how many tokens they hold the KV."""
+        num_computed = self.num_computed(sequence)
+        self._give_up_slot(sequence)
+        blocks = sequence.blocks[: -(-num_computed // self.capacity.block_size)]
+        self.pool.release(sequence.blocks[len(blocks) :], self.last_in_flight)
+        self.lent.setdefault(move, []).extend(blocks)
+        sequence.blocks = []
+        self._forget_blocks(sequence, Status.MOVING)
+        return blocks, num_computed
+
+    def is_in_flight(self, sequence: Sequence) -> bool:
+        """Whether a plan that computes something of it is unanswered."""
+        slot = sequence.slot
+        return any(slot in step.prefills or step.samples(slot) for step in self.in_flight)
+
+    def _give_up_slot(self, sequence: Sequence) -> None:
         slot = sequence.slot
         num_tokens = self.num_tokens(sequence)
         self.publish(sequence, self.num_computed(sequence) // self.capacity.block_size)
@@ -93,9 +119,9 @@ class Replica:
         self._vacate(sequence, self.last_in_flight)
         self._filled.pop(slot, None)
         self.starved.pop(slot, None)
+        self.frozen.pop(slot, None)
         for step in self.in_flight:
             step.drop(slot)
-        self._forget_blocks(sequence, status)
 
     def park(self, sequence: Sequence) -> None:
         """The last step of a sequence is answered: it gives back its slot, at once, and keeps its blocks."""

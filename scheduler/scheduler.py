@@ -11,7 +11,8 @@ from manta.scheduler.beam_search import BeamParams
 from manta.scheduler.fair_queue import FairQueue
 from manta.scheduler.group import BeamGroup, Group, listening
 from manta.scheduler.grouping import leaders_of, samples_of, search_of
-from manta.scheduler.integrity import check_groups, check_placement, check_replica, check_waiting
+from manta.scheduler.integrity import check_groups, check_moves, check_placement, check_replica, check_waiting
+from manta.scheduler.moves import Moves
 from manta.scheduler.outcome import apply_result, finish
 from manta.scheduler.placement import Placement
 from manta.scheduler.planner import Planner
@@ -86,6 +87,8 @@ class Scheduler:
             for i, capacity in enumerate(replicas)
         ]
         self._placement = Placement(self._replicas, self._queue, meter) if len(replicas) > 1 else None
+        closed = set() if self._placement is None else self._placement.closed
+        self.moves = Moves(self._replicas, self._queue, self.counters, closed)
         self._planners = [
             Planner(replica, self._queue, self._placement, self.counters, self._events, enable_chunked_prefill)
             for replica in self._replicas
@@ -151,7 +154,7 @@ class Scheduler:
         sequence = self._sequences.pop(request_id, None)
         group = self._searches.pop(request_id, None)
         if sequence is not None:
-            if sequence.status is Status.WAITING:
+            if sequence.status in (Status.WAITING, Status.PARKED, Status.MOVING):
                 self._stop_waiting(sequence)
                 num_output_tokens = len(sequence.tokens) - len(sequence.request.prompt)
                 self._events.finished.append(Finished(sequence.request, "abort", None, num_output_tokens))
@@ -183,13 +186,19 @@ class Scheduler:
         del self._groups[group]
 
     def _stop_waiting(self, sequence: Sequence) -> None:
-        """A waiting sequence ends; it is in the queue, or waits for a leader, or follows one."""
+        """A sequence without slot ends; it is in the queue, waits for a leader, follows one, or is moving."""
+        if sequence.status is Status.MOVING:
+            self.moves.drop(sequence)
+            sequence.status = Status.FINISHED
+            return
+        if sequence.status is Status.PARKED:
+            self._replicas[sequence.replica].unpark(sequence, Status.FINISHED)
         sequence.status = Status.FINISHED
-        if sequence.group is not None:
-            for waiting in (sequence.group.pending, *(replica.followers for replica in self._replicas)):
-                if sequence in waiting:
-                    waiting.remove(sequence)
-                    return
+        pending = [] if sequence.group is None else [sequence.group.pending]
+        for waiting in (*pending, *(replica.followers for replica in self._replicas)):
+            if sequence in waiting:
+                waiting.remove(sequence)
+                return
         self._queue.remove(sequence)
 
     def _leave_group(self, sequence: Sequence) -> None:
@@ -243,6 +252,7 @@ class Scheduler:
         for sequence in list(picture.parked):
             picture.unpark(sequence, Status.WAITING)
         waiting += picture.followers
+        waiting += self.moves.lose(replica)
         picture.clear()
         for sequence in reversed(leaders_of(waiting)):
             self._queue.push_front(sequence)
@@ -250,6 +260,7 @@ class Scheduler:
     def close_replica(self, replica: int) -> None:
         """As `reset`, for one that nobody will plan until `open_replica`: no request waits for it."""
         self.reset(replica)
+        self._replicas[replica].accepts = True
         if self._placement is not None:
             self._placement.close(replica)
 
@@ -275,6 +286,8 @@ class Scheduler:
         for replica in self._replicas:
             here += replica.residents.values()
             here += replica.followers
+        check_moves(self.moves, self._replicas)
+        here += self.moves.sequences
         for group in self._groups:
             here += group.pending
         expected = {sequence.request.id: sequence for sequence in here if sequence.beam is None}
@@ -289,8 +302,8 @@ class Scheduler:
 
     @property
     def num_running(self) -> int:
-        """Sequences that have slots or, beams between two steps, blocks."""
-        return sum(len(replica.residents) + len(replica.parked) for replica in self._replicas)
+        """Sequences that have slots or, beams between two steps and who moves, blocks."""
+        return sum(map(self.num_resident, range(len(self._replicas))))
 
     @property
     def num_waiting(self) -> int:
@@ -308,8 +321,9 @@ class Scheduler:
         return self._queue.num_tokens
 
     def num_resident(self, replica: int = 0) -> int:
-        """Sequences of one replica, as num_running."""
-        return len(self._replicas[replica].residents) + len(self._replicas[replica].parked)
+        """Sequences of one replica, or on their way there, as num_running."""
+        picture = self._replicas[replica]
+        return len(picture.residents) + len(picture.parked) + picture.num_expected
 
     def first_arrival_s(self) -> float | None:
         """When the first request in the queue came that has not begun; None if there is none near its head."""

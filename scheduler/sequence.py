@@ -31,7 +31,8 @@ class Status(Enum):
     PREFILLING = "prefilling"  # tokens it entered with are still to be planned
     DECODING = "decoding"  # each step of its lane gives it one token
     DRAINING = "draining"  # the step of its last token is planned and not answered
-    PARKED = "parked"  # a beam between two steps: with blocks, without slot
+    PARKED = "parked"  # a beam between two steps, or one that has just come here: with blocks, without slot
+    MOVING = "moving"  # between two replicas, with blocks in both
     FINISHED = "finished"
 
 
@@ -50,6 +51,7 @@ class Sequence:
     root: bytes  # the parent of the first block's hash
     status: Status = Status.WAITING
     started: bool = False  # had a slot before
+    moved_at: int = -1  # how many tokens it had when it last moved
     num_scored: int = 0  # tokens of the prompt, from the second on, whose records have come in
 
     group: "Group | None" = None

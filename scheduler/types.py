@@ -172,3 +172,6 @@ class Counters:
     num_prefix_queries: int = 0          # tokens of admitted requests that were looked up in the prefix index
     num_prefix_hits: int = 0             # tokens among them whose KV was there
     num_preemptions: int = 0
+    num_moves_copied: int = 0            # sequences that began to move to another replica with their blocks
+    num_moves_recomputed: int = 0        # sequences that moved without, because computing them again was cheaper
+    num_moves_failed: int = 0            # of those copied: the copy did not come about, they were computed again

@@ -1,12 +1,15 @@
 """A scheduler with a FakeWorker per replica: sends plans, delivers answers when told, keeps what clients would see."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence as Many
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from manta.scheduler.beam_search import BeamParams, BeamSearch, Hypothesis, Row
+from manta.scheduler.move_cost import MoveFigures
 from manta.scheduler.scheduler import Scheduler
+from manta.scheduler.sequence import Sequence
 from manta.scheduler.types import Capacity, Events, Finished, Pooling, Request, Started, StepPlan
 from tests.support.fake_worker import (
     Asking,
@@ -19,6 +22,23 @@ from tests.support.fake_worker import (
 )
 
 VOCAB_SIZE = 20
+ALWAYS_COPY = MoveFigures(block_bytes=1, copy_bytes_per_s=1e9, copy_overhead_s=0.0, prefill_tokens_per_s=1.0)
+NEVER_COPY = MoveFigures(block_bytes=1, copy_bytes_per_s=1.0, copy_overhead_s=9.0, prefill_tokens_per_s=1e9)
+
+
+@dataclass(slots=True)
+class Copying:
+    """Blocks on their way from one worker to another. A worker that was replaced meanwhile is nobody's any more."""
+
+    source: FakeWorker
+    target: FakeWorker
+    epoch: int  # of the target
+    left: list[tuple[int, int]]
+
+    def advance(self, num_blocks: int) -> None:
+        for source, target in self.left[:num_blocks]:
+            self.target.take_block(self.epoch, target, self.source.kv[source])
+        del self.left[:num_blocks]
 
 
 def capacity(**overrides: int) -> Capacity:
@@ -34,13 +54,13 @@ def capacity(**overrides: int) -> Capacity:
     return Capacity(**(fields | overrides))
 
 
-def request(id: int, prompt: int | Sequence[int], max_tokens: int = 4, **fields: Any) -> Request:
+def request(id: int, prompt: int | Many[int], max_tokens: int = 4, **fields: Any) -> Request:
     """`prompt` is the tokens, or how many: then they differ from every other request's."""
     tokens = np.random.default_rng(id).integers(0, VOCAB_SIZE, prompt) if isinstance(prompt, int) else prompt
     return Request(id, np.array(tokens, np.int32), max_tokens, **fields)
 
 
-def pooled(id: int, prompt: int | Sequence[int], kind: str = "mean", **fields: Any) -> Request:
+def pooled(id: int, prompt: int | Many[int], kind: str = "mean", **fields: Any) -> Request:
     """A prompt to be made into a vector, of "mean" or of "last"."""
     return request(id, prompt, 0, pooling=Pooling(8, kind == "mean", kind), **fields)
 
@@ -58,6 +78,9 @@ class Deployment:
         self.started: dict[int, Started] = {}
         self.finished: dict[int, Finished] = {}
         self.searches: dict[int, tuple[BeamParams, int]] = {}  # and which of the hypotheses is the request's
+        self.copies: dict[int, Copying] = {}  # by move
+        self.figures = ALWAYS_COPY
+        self.rebalances = False
 
     def add(self, request: Request) -> None:
         self.scheduler.add(request)
@@ -96,6 +119,39 @@ class Deployment:
         if self.workers[replica].num_in_flight:
             self._hear(self.scheduler.apply(self.workers[replica].deliver(), replica))
             self.scheduler.check()
+            if self.rebalances:
+                self.scheduler.moves.look(replica)
+                self.begin_moves()
+
+    def resident(self, request_id: int) -> Sequence | None:
+        """The request's sequence, if it has a slot."""
+        for replica in self.scheduler._replicas:
+            for sequence in replica.residents.values():
+                if sequence.request.id == request_id:
+                    return sequence
+        return None
+
+    def move(self, *request_ids: int, target: int | None = None) -> None:
+        """Those of them that run in the replica of the first one begin to move."""
+        found = [sequence for id in request_ids if (sequence := self.resident(id)) is not None]
+        self.scheduler.moves.wish([each for each in found if each.replica == found[0].replica], target)
+        self.begin_moves()
+
+    def begin_moves(self) -> None:
+        """What can be copied by now begins to be; the first half of the blocks is there at once."""
+        for move in self.scheduler.moves.ready(self.figures):
+            source, target = self.workers[move.source], self.workers[move.target]
+            copying = Copying(source, target, move.target_epoch, list(move.copies.items()))
+            copying.advance(len(copying.left) // 2)
+            self.copies[move.id] = copying
+        self.scheduler.check()
+
+    def end_move(self, id: int, *, is_copied: bool = True) -> None:
+        copying = self.copies.pop(id)
+        if is_copied:
+            copying.advance(len(copying.left))
+        self.scheduler.moves.end(id, is_copied=is_copied)
+        self.scheduler.check()
 
     def step(self, replica: int = 0) -> StepPlan | None:
         """One step with nothing else in flight."""
@@ -119,7 +175,7 @@ class Deployment:
         self.scheduler.close_replica(replica)
         self.scheduler.check()
 
-    def run(self, replicas: Sequence[int] | None = None) -> None:
+    def run(self, replicas: Many[int] | None = None) -> None:
         """Until everything has ended and every answer is in, as many plans in flight as allowed; only those `replicas`
         are planned, if they are given."""
         for _ in range(100_000):
@@ -127,6 +183,10 @@ class Deployment:
                 while self.send(replica) is not None:
                     pass
                 self.deliver(replica)
+            if self.copies or self.scheduler.moves.is_active:
+                self.begin_moves()
+                for id in list(self.copies):
+                    self.end_move(id)
             if not self.scheduler.num_running and not self.scheduler.num_waiting:
                 break
         else:

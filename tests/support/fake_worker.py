@@ -139,6 +139,7 @@ class FakeWorker:
         self.readers: Counter[int] = Counter()  # block -> tables it is in
         self.new_readers: Counter[int] = Counter()  # block -> tables that this step adds with it as computed
         self.unanswered: deque[_Unanswered] = deque()
+        self.taken: set[int] = set()  # blocks that came from elsewhere since the last plan
 
     @property
     def num_in_flight(self) -> int:
@@ -160,6 +161,9 @@ class FakeWorker:
         self.step += 1
         for slot in plan.frees:
             self._free(slot)
+        for block in self.taken:
+            expect(self.readers[block] == 0, f"block {block} was copied to from elsewhere and is in a table")
+        self.taken.clear()
         self.new_readers.clear()
         for add in plan.adds:
             self._add(add)
@@ -174,6 +178,21 @@ class FakeWorker:
         expect(plan.num_tokens == num_tokens, f"num_tokens is {plan.num_tokens}, rows have {num_tokens}")
         expect(num_tokens <= self.capacity.max_num_batched_tokens, f"{num_tokens} tokens exceed the budget")
         self._run(plan, decodes)
+
+    def take_block(self, epoch: int, block: int, kv: NDArray[np.int64]) -> None:
+        """Another worker's block, int64 [block_size], comes here; that of a past epoch is refused. Raises
+        WrongPlanError if somebody may use its place."""
+        if epoch < self.epoch:
+            return
+        if epoch > self.epoch:  # before its first plan
+            self.epoch = epoch
+            self._clear()
+        expect(0 <= block < self.capacity.num_blocks, f"block {block} does not exist")
+        self.taken.add(block)
+        for step in self.unanswered:
+            touched = block in step.blocks or block in step.sources
+            expect(not touched, f"block {block} is copied to from elsewhere, step {step.result.step} uses it")
+        self.kv[block] = kv
 
     def _run(self, plan: StepPlan, decodes: list[int]) -> None:
         rows = [(slot, 1) for slot in decodes] + plan.prefill
