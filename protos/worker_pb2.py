@@ -25,35 +25,43 @@ _sym_db = _symbol_database.Default()
 from manta.protos import sampling_pb2 as manta_dot_protos_dot_sampling__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19manta/protos/worker.proto\x12\x0fmanta.worker.v1\x1a\x1bmanta/protos/sampling.proto\"=\n\x0e\x43ompileRequest\x12+\n\x07grammar\x18\x01 \x01(\x0b\x32\x1a.manta.sampling.v1.Grammar\"\x11\n\x0f\x43ompileResponse\"*\n\x0f\x44\x65scribeRequest\x12\x17\n\x0fopen_rendezvous\x18\x01 \x01(\x08\"\x90\x01\n\x10\x44\x65scribeResponse\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x17\n\x0frendezvous_port\x18\x02 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x0b\n\x03pid\x18\x04 \x01(\r\x12\x11\n\tlink_port\x18\x05 \x01(\r\x12\x13\n\x0blink_socket\x18\x06 \x01(\t\x12\x10\n\x08link_key\x18\x07 \x01(\x0c\"\xa2\x01\n\x0bLoadRequest\x12\x13\n\x0b\x63onfig_json\x18\x01 \x01(\t\x12\x0f\n\x07tp_rank\x18\x02 \x01(\r\x12\x0f\n\x07pp_rank\x18\x03 \x01(\r\x12\x1b\n\x13num_workers_on_host\x18\x04 \x01(\r\x12\x17\n\x0frendezvous_host\x18\x05 \x01(\t\x12\x17\n\x0frendezvous_port\x18\x06 \x01(\r\x12\r\n\x05peers\x18\x07 \x03(\t\"t\n\x0cLoadResponse\x12\x12\n\nnum_blocks\x18\x01 \x01(\r\x12\x14\n\x0cweight_bytes\x18\x02 \x01(\x04\x12\x17\n\x0f\x62ytes_per_block\x18\x03 \x01(\x04\x12\x0e\n\x06load_s\x18\x04 \x01(\x01\x12\x11\n\tprofile_s\x18\x05 \x01(\x01\"\"\n\x0cStartRequest\x12\x12\n\nnum_blocks\x18\x01 \x01(\r\"H\n\rStartResponse\x12\x10\n\x08warmup_s\x18\x01 \x01(\x01\x12\x12\n\nlast_epoch\x18\x02 \x01(\r\x12\x11\n\tlast_step\x18\x03 \x01(\x04\"\xe5\x01\n\x06SeqAdd\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\x0c\n\x04lane\x18\x02 \x01(\r\x12\x0e\n\x06tokens\x18\x03 \x01(\x0c\x12\x19\n\x11num_prompt_tokens\x18\x04 \x01(\r\x12\x14\n\x0cnum_computed\x18\x05 \x01(\r\x12\x12\n\nmax_length\x18\x06 \x01(\r\x12\x0e\n\x06\x62locks\x18\x07 \x01(\x0c\x12-\n\x08sampling\x18\x08 \x01(\x0b\x32\x1b.manta.sampling.v1.Sampling\x12+\n\x07pooling\x18\t \x01(\x0b\x32\x1a.manta.sampling.v1.Pooling\"\xc8\x01\n\x08StepPlan\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x0c\n\x04lane\x18\x03 \x01(\r\x12\r\n\x05\x66rees\x18\x04 \x01(\x0c\x12%\n\x04\x61\x64\x64s\x18\x05 \x03(\x0b\x32\x17.manta.worker.v1.SeqAdd\x12\x0c\n\x04grow\x18\x06 \x03(\r\x12\x0e\n\x06\x63opies\x18\x07 \x01(\x0c\x12\r\n\x05holds\x18\x08 \x01(\x0c\x12\x15\n\rprefill_slots\x18\t \x01(\x0c\x12\x17\n\x0fprefill_lengths\x18\n \x01(\x0c\"\xa1\x01\n\nStepResult\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x0e\n\x06tokens\x18\x03 \x01(\x0c\x12\x11\n\tdevice_us\x18\x04 \x01(\r\x12\x0f\n\x07idle_us\x18\x05 \x01(\r\x12\x10\n\x08queue_us\x18\x06 \x01(\r\x12\r\n\x05\x65rror\x18\x07 \x01(\t\x12\x10\n\x08logprobs\x18\x08 \x01(\x0c\x12\x0f\n\x07vectors\x18\t \x01(\x0c\x32\xf7\x02\n\x06Worker\x12O\n\x08\x44\x65scribe\x12 .manta.worker.v1.DescribeRequest\x1a!.manta.worker.v1.DescribeResponse\x12\x43\n\x04Load\x12\x1c.manta.worker.v1.LoadRequest\x1a\x1d.manta.worker.v1.LoadResponse\x12\x46\n\x05Start\x12\x1d.manta.worker.v1.StartRequest\x1a\x1e.manta.worker.v1.StartResponse\x12\x41\n\x03Run\x12\x19.manta.worker.v1.StepPlan\x1a\x1b.manta.worker.v1.StepResult(\x01\x30\x01\x12L\n\x07\x43ompile\x12\x1f.manta.worker.v1.CompileRequest\x1a .manta.worker.v1.CompileResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19manta/protos/worker.proto\x12\x0fmanta.worker.v1\x1a\x1bmanta/protos/sampling.proto\"k\n\x13ImportBlocksRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12\x0c\n\x04peer\x18\x02 \x01(\t\x12\x12\n\npeer_epoch\x18\x03 \x01(\r\x12\x13\n\x0bpeer_blocks\x18\x04 \x01(\x0c\x12\x0e\n\x06\x62locks\x18\x05 \x01(\x0c\"9\n\x14ImportBlocksResponse\x12\x11\n\tnum_bytes\x18\x01 \x01(\x04\x12\x0e\n\x06took_s\x18\x02 \x01(\x01\"D\n\x13\x45xportBlocksRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12\x0e\n\x06\x62locks\x18\x02 \x01(\x0c\x12\x0e\n\x06layout\x18\x03 \x01(\t\".\n\nBlockChunk\x12\x12\n\nnum_blocks\x18\x01 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"=\n\x0e\x43ompileRequest\x12+\n\x07grammar\x18\x01 \x01(\x0b\x32\x1a.manta.sampling.v1.Grammar\"\x11\n\x0f\x43ompileResponse\"*\n\x0f\x44\x65scribeRequest\x12\x17\n\x0fopen_rendezvous\x18\x01 \x01(\x08\"\x90\x01\n\x10\x44\x65scribeResponse\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x17\n\x0frendezvous_port\x18\x02 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x0b\n\x03pid\x18\x04 \x01(\r\x12\x11\n\tlink_port\x18\x05 \x01(\r\x12\x13\n\x0blink_socket\x18\x06 \x01(\t\x12\x10\n\x08link_key\x18\x07 \x01(\x0c\"\xa2\x01\n\x0bLoadRequest\x12\x13\n\x0b\x63onfig_json\x18\x01 \x01(\t\x12\x0f\n\x07tp_rank\x18\x02 \x01(\r\x12\x0f\n\x07pp_rank\x18\x03 \x01(\r\x12\x1b\n\x13num_workers_on_host\x18\x04 \x01(\r\x12\x17\n\x0frendezvous_host\x18\x05 \x01(\t\x12\x17\n\x0frendezvous_port\x18\x06 \x01(\r\x12\r\n\x05peers\x18\x07 \x03(\t\"t\n\x0cLoadResponse\x12\x12\n\nnum_blocks\x18\x01 \x01(\r\x12\x14\n\x0cweight_bytes\x18\x02 \x01(\x04\x12\x17\n\x0f\x62ytes_per_block\x18\x03 \x01(\x04\x12\x0e\n\x06load_s\x18\x04 \x01(\x01\x12\x11\n\tprofile_s\x18\x05 \x01(\x01\"\"\n\x0cStartRequest\x12\x12\n\nnum_blocks\x18\x01 \x01(\r\"H\n\rStartResponse\x12\x10\n\x08warmup_s\x18\x01 \x01(\x01\x12\x12\n\nlast_epoch\x18\x02 \x01(\r\x12\x11\n\tlast_step\x18\x03 \x01(\x04\"\xe5\x01\n\x06SeqAdd\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\x0c\n\x04lane\x18\x02 \x01(\r\x12\x0e\n\x06tokens\x18\x03 \x01(\x0c\x12\x19\n\x11num_prompt_tokens\x18\x04 \x01(\r\x12\x14\n\x0cnum_computed\x18\x05 \x01(\r\x12\x12\n\nmax_length\x18\x06 \x01(\r\x12\x0e\n\x06\x62locks\x18\x07 \x01(\x0c\x12-\n\x08sampling\x18\x08 \x01(\x0b\x32\x1b.manta.sampling.v1.Sampling\x12+\n\x07pooling\x18\t \x01(\x0b\x32\x1a.manta.sampling.v1.Pooling\"\xc8\x01\n\x08StepPlan\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x0c\n\x04lane\x18\x03 \x01(\r\x12\r\n\x05\x66rees\x18\x04 \x01(\x0c\x12%\n\x04\x61\x64\x64s\x18\x05 \x03(\x0b\x32\x17.manta.worker.v1.SeqAdd\x12\x0c\n\x04grow\x18\x06 \x03(\r\x12\x0e\n\x06\x63opies\x18\x07 \x01(\x0c\x12\r\n\x05holds\x18\x08 \x01(\x0c\x12\x15\n\rprefill_slots\x18\t \x01(\x0c\x12\x17\n\x0fprefill_lengths\x18\n \x01(\x0c\"\xa1\x01\n\nStepResult\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x0e\n\x06tokens\x18\x03 \x01(\x0c\x12\x11\n\tdevice_us\x18\x04 \x01(\r\x12\x0f\n\x07idle_us\x18\x05 \x01(\r\x12\x10\n\x08queue_us\x18\x06 \x01(\r\x12\r\n\x05\x65rror\x18\x07 \x01(\t\x12\x10\n\x08logprobs\x18\x08 \x01(\x0c\x12\x0f\n\x07vectors\x18\t \x01(\x0c\x32\xa9\x04\n\x06Worker\x12O\n\x08\x44\x65scribe\x12 .manta.worker.v1.DescribeRequest\x1a!.manta.worker.v1.DescribeResponse\x12\x43\n\x04Load\x12\x1c.manta.worker.v1.LoadRequest\x1a\x1d.manta.worker.v1.LoadResponse\x12\x46\n\x05Start\x12\x1d.manta.worker.v1.StartRequest\x1a\x1e.manta.worker.v1.StartResponse\x12\x41\n\x03Run\x12\x19.manta.worker.v1.StepPlan\x1a\x1b.manta.worker.v1.StepResult(\x01\x30\x01\x12L\n\x07\x43ompile\x12\x1f.manta.worker.v1.CompileRequest\x1a .manta.worker.v1.CompileResponse\x12[\n\x0cImportBlocks\x12$.manta.worker.v1.ImportBlocksRequest\x1a%.manta.worker.v1.ImportBlocksResponse\x12S\n\x0c\x45xportBlocks\x12$.manta.worker.v1.ExportBlocksRequest\x1a\x1b.manta.worker.v1.BlockChunk0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'manta.protos.worker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_COMPILEREQUEST']._serialized_start=75
-  _globals['_COMPILEREQUEST']._serialized_end=136
-  _globals['_COMPILERESPONSE']._serialized_start=138
-  _globals['_COMPILERESPONSE']._serialized_end=155
-  _globals['_DESCRIBEREQUEST']._serialized_start=157
-  _globals['_DESCRIBEREQUEST']._serialized_end=199
-  _globals['_DESCRIBERESPONSE']._serialized_start=202
-  _globals['_DESCRIBERESPONSE']._serialized_end=346
-  _globals['_LOADREQUEST']._serialized_start=349
-  _globals['_LOADREQUEST']._serialized_end=511
-  _globals['_LOADRESPONSE']._serialized_start=513
-  _globals['_LOADRESPONSE']._serialized_end=629
-  _globals['_STARTREQUEST']._serialized_start=631
-  _globals['_STARTREQUEST']._serialized_end=665
-  _globals['_STARTRESPONSE']._serialized_start=667
-  _globals['_STARTRESPONSE']._serialized_end=739
-  _globals['_SEQADD']._serialized_start=742
-  _globals['_SEQADD']._serialized_end=971
-  _globals['_STEPPLAN']._serialized_start=974
-  _globals['_STEPPLAN']._serialized_end=1174
-  _globals['_STEPRESULT']._serialized_start=1177
-  _globals['_STEPRESULT']._serialized_end=1338
-  _globals['_WORKER']._serialized_start=1341
-  _globals['_WORKER']._serialized_end=1716
+  _globals['_IMPORTBLOCKSREQUEST']._serialized_start=75
+  _globals['_IMPORTBLOCKSREQUEST']._serialized_end=182
+  _globals['_IMPORTBLOCKSRESPONSE']._serialized_start=184
+  _globals['_IMPORTBLOCKSRESPONSE']._serialized_end=241
+  _globals['_EXPORTBLOCKSREQUEST']._serialized_start=243
+  _globals['_EXPORTBLOCKSREQUEST']._serialized_end=311
+  _globals['_BLOCKCHUNK']._serialized_start=313
+  _globals['_BLOCKCHUNK']._serialized_end=359
+  _globals['_COMPILEREQUEST']._serialized_start=361
+  _globals['_COMPILEREQUEST']._serialized_end=422
+  _globals['_COMPILERESPONSE']._serialized_start=424
+  _globals['_COMPILERESPONSE']._serialized_end=441
+  _globals['_DESCRIBEREQUEST']._serialized_start=443
+  _globals['_DESCRIBEREQUEST']._serialized_end=485
+  _globals['_DESCRIBERESPONSE']._serialized_start=488
+  _globals['_DESCRIBERESPONSE']._serialized_end=632
+  _globals['_LOADREQUEST']._serialized_start=635
+  _globals['_LOADREQUEST']._serialized_end=797
+  _globals['_LOADRESPONSE']._serialized_start=799
+  _globals['_LOADRESPONSE']._serialized_end=915
+  _globals['_STARTREQUEST']._serialized_start=917
+  _globals['_STARTREQUEST']._serialized_end=951
+  _globals['_STARTRESPONSE']._serialized_start=953
+  _globals['_STARTRESPONSE']._serialized_end=1025
+  _globals['_SEQADD']._serialized_start=1028
+  _globals['_SEQADD']._serialized_end=1257
+  _globals['_STEPPLAN']._serialized_start=1260
+  _globals['_STEPPLAN']._serialized_end=1460
+  _globals['_STEPRESULT']._serialized_start=1463
+  _globals['_STEPRESULT']._serialized_end=1624
+  _globals['_WORKER']._serialized_start=1627
+  _globals['_WORKER']._serialized_end=2180
 # @@protoc_insertion_point(module_scope)

@@ -6,6 +6,46 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class ImportBlocksRequest(_message.Message):
+    __slots__ = ("epoch", "peer", "peer_epoch", "peer_blocks", "blocks")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    PEER_FIELD_NUMBER: _ClassVar[int]
+    PEER_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    PEER_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    peer: str
+    peer_epoch: int
+    peer_blocks: bytes
+    blocks: bytes
+    def __init__(self, epoch: _Optional[int] = ..., peer: _Optional[str] = ..., peer_epoch: _Optional[int] = ..., peer_blocks: _Optional[bytes] = ..., blocks: _Optional[bytes] = ...) -> None: ...
+
+class ImportBlocksResponse(_message.Message):
+    __slots__ = ("num_bytes", "took_s")
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TOOK_S_FIELD_NUMBER: _ClassVar[int]
+    num_bytes: int
+    took_s: float
+    def __init__(self, num_bytes: _Optional[int] = ..., took_s: _Optional[float] = ...) -> None: ...
+
+class ExportBlocksRequest(_message.Message):
+    __slots__ = ("epoch", "blocks", "layout")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    blocks: bytes
+    layout: str
+    def __init__(self, epoch: _Optional[int] = ..., blocks: _Optional[bytes] = ..., layout: _Optional[str] = ...) -> None: ...
+
+class BlockChunk(_message.Message):
+    __slots__ = ("num_blocks", "data")
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    num_blocks: int
+    data: bytes
+    def __init__(self, num_blocks: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
+
 class CompileRequest(_message.Message):
     __slots__ = ("grammar",)
     GRAMMAR_FIELD_NUMBER: _ClassVar[int]

@@ -68,6 +68,16 @@ class WorkerStub(object):
                 request_serializer=manta_dot_protos_dot_worker__pb2.CompileRequest.SerializeToString,
                 response_deserializer=manta_dot_protos_dot_worker__pb2.CompileResponse.FromString,
                 _registered_method=True)
+        self.ImportBlocks = channel.unary_unary(
+                '/manta.worker.v1.Worker/ImportBlocks',
+                request_serializer=manta_dot_protos_dot_worker__pb2.ImportBlocksRequest.SerializeToString,
+                response_deserializer=manta_dot_protos_dot_worker__pb2.ImportBlocksResponse.FromString,
+                _registered_method=True)
+        self.ExportBlocks = channel.unary_stream(
+                '/manta.worker.v1.Worker/ExportBlocks',
+                request_serializer=manta_dot_protos_dot_worker__pb2.ExportBlocksRequest.SerializeToString,
+                response_deserializer=manta_dot_protos_dot_worker__pb2.BlockChunk.FromString,
+                _registered_method=True)
 
 
 class WorkerServicer(object):
@@ -119,6 +129,21 @@ class WorkerServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ImportBlocks(self, request, context):
+        """Copies KV blocks of another replica's worker of the same rank into this one's, while steps go on. Nothing is written
+        any more when it has answered, with an error too. ABORTED: they did not come, or an epoch is over.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExportBlocks(self, request, context):
+        """What ImportBlocks calls. ABORTED: the epoch is over; INVALID_ARGUMENT: such blocks are of no use there, or not here.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -146,6 +171,16 @@ def add_WorkerServicer_to_server(servicer, server):
                     servicer.Compile,
                     request_deserializer=manta_dot_protos_dot_worker__pb2.CompileRequest.FromString,
                     response_serializer=manta_dot_protos_dot_worker__pb2.CompileResponse.SerializeToString,
+            ),
+            'ImportBlocks': grpc.unary_unary_rpc_method_handler(
+                    servicer.ImportBlocks,
+                    request_deserializer=manta_dot_protos_dot_worker__pb2.ImportBlocksRequest.FromString,
+                    response_serializer=manta_dot_protos_dot_worker__pb2.ImportBlocksResponse.SerializeToString,
+            ),
+            'ExportBlocks': grpc.unary_stream_rpc_method_handler(
+                    servicer.ExportBlocks,
+                    request_deserializer=manta_dot_protos_dot_worker__pb2.ExportBlocksRequest.FromString,
+                    response_serializer=manta_dot_protos_dot_worker__pb2.BlockChunk.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -292,6 +327,60 @@ class Worker(object):
             '/manta.worker.v1.Worker/Compile',
             manta_dot_protos_dot_worker__pb2.CompileRequest.SerializeToString,
             manta_dot_protos_dot_worker__pb2.CompileResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ImportBlocks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/manta.worker.v1.Worker/ImportBlocks',
+            manta_dot_protos_dot_worker__pb2.ImportBlocksRequest.SerializeToString,
+            manta_dot_protos_dot_worker__pb2.ImportBlocksResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExportBlocks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/manta.worker.v1.Worker/ExportBlocks',
+            manta_dot_protos_dot_worker__pb2.ExportBlocksRequest.SerializeToString,
+            manta_dot_protos_dot_worker__pb2.BlockChunk.FromString,
             options,
             channel_credentials,
             insecure,
