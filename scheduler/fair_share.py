@@ -127,7 +127,7 @@ class FairShare:
         ordered = by_tenant.pop(first)
         others = [sequence for sequences in by_tenant.values() for sequence in sequences]
         needed = sum(_num_left(sequence) for sequence in others)
-        kept = min(needed, _kept(budget))
+        kept = min(needed, _kept(budget), budget)
         parts: list[tuple[Sequence, int]] = []
         left = budget
         for sequence in ordered:
