@@ -3,6 +3,7 @@
 import json
 import os
 import threading
+from collections.abc import Callable
 from itertools import takewhile
 from pathlib import Path
 
@@ -31,7 +32,9 @@ def local_gpus(host_gpus: Path = Path("/proc/driver/nvidia/gpus")) -> list[str]:
 class LocalLauncher:
     """Owns the child processes it starts."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_death: Callable[[], None] | None = None) -> None:
+        """on_death: called, on some thread, when a process has ended: `deaths` may tell more."""
+        self._on_death = on_death
         self._workers: list[list[ChildProcess]] = []  # by replica and rank
         self._worker_envs: list[dict[str, str]] = []  # by number: replica * ranks + rank
         self._scheduler: ChildProcess | None = None
@@ -90,7 +93,7 @@ class LocalLauncher:
                 child.name = name
                 child.tell(json.dumps(env))
                 return child
-        return ChildProcess(name, _WORKER, ["--port", "0", *_parent()], env)
+        return self._child(name, _WORKER, ["--port", "0", *_parent()], env)
 
     def _stand_by(self, config: ServeConfig, delay_s: float) -> None:
         """Starts, after a while in which others need the cores, the processes that are to stand by and do not."""
@@ -102,7 +105,7 @@ class LocalLauncher:
                 self._standby = [child for child in self._standby if child.ended() is None]
                 for _ in range(config.standby_workers - len(self._standby)):
                     args = ["--port", "0", "--standby", *_parent()]
-                    self._standby.append(ChildProcess("standby worker", _WORKER, args, self._standby_env))
+                    self._standby.append(self._child("standby worker", _WORKER, args, self._standby_env))
 
         if config.standby_workers:
             timer = threading.Timer(delay_s, start)
@@ -124,12 +127,14 @@ class LocalLauncher:
         args = ["--config-json", config.model_dump_json(), "--workers", addresses, *more, *_parent()]
         with self._lock:
             self._check_not_stopped()
-            child = self._scheduler = ChildProcess("scheduler", "manta.cluster.engine.main", args)
+            child = self._scheduler = ChildProcess(
+                "scheduler", "manta.cluster.engine.main", args, on_end=self._on_death
+            )
         self._scheduler_address = child.wait_for_address(_LOAD_TIMEOUT_S)
 
     def prepare_frontends(self, config: ServeConfig) -> None:
         with self._lock:
-            self._frontends = [_frontend(config, index) for index in range(config.api_server_count)]
+            self._frontends = [self._make_frontend(config, index) for index in range(config.api_server_count)]
 
     def open_frontends(self, config: ServeConfig, scheduler: str) -> FrontendAddress:
         address = FrontendAddress(config.port, config.grpc_port)
@@ -144,8 +149,16 @@ class LocalLauncher:
         self._frontends[index].kill()
         with self._lock:
             self._check_not_stopped()
-            child = self._frontends[index] = _frontend(config, index)
+            child = self._frontends[index] = self._make_frontend(config, index)
         self._open(child, self._scheduler_address, self._doors)
+
+    def _child(self, name: str, module: str, args: list[str], env: dict[str, str] | None = None) -> ChildProcess:
+        return ChildProcess(name, module, args, env, on_end=self._on_death)
+
+    def _make_frontend(self, config: ServeConfig, index: int) -> ChildProcess:
+        args = ["--config-json", config.model_dump_json(), *_parent()]
+        env = {HASHES_VARIABLE: ",".join(config.api_key)}  # the words of a command can be read by all users of a host
+        return self._child(f"frontend {index}", "manta.cluster.doors.main", args, env)
 
     def _open(self, child: ChildProcess, scheduler: str, address: FrontendAddress) -> FrontendAddress:
         child.tell(f"{scheduler} {address.http_port} {address.grpc_port}")
@@ -185,12 +198,6 @@ class LocalLauncher:
     def _check_not_stopped(self) -> None:
         if self._stopped:
             raise LaunchError("the deployment is being taken down")
-
-
-def _frontend(config: ServeConfig, index: int) -> ChildProcess:
-    args = ["--config-json", config.model_dump_json(), *_parent()]
-    env = {HASHES_VARIABLE: ",".join(config.api_key)}  # the words of a command can be read by all users of a host
-    return ChildProcess(f"frontend {index}", "manta.cluster.doors.main", args, env)
 
 
 def _parent() -> list[str]:

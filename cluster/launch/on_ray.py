@@ -6,6 +6,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -66,7 +67,9 @@ def _check_reachable(address: str) -> None:
 class RayLauncher:
     """Owns the actors and placement groups it creates. Ray must be connected."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_death: Callable[[], None] | None = None) -> None:
+        """on_death: called, on some thread, when an actor has ended: `deaths` may tell more."""
+        self._on_death = on_death
         self._placement = Placement({}, {}, "PACK", 1, 1)
         self._no_room: dict[int, str] = {}  # replicas that wait for room, and for what
         self._groups: list[PlacementGroup | None] = []  # by replica
@@ -224,7 +227,11 @@ class RayLauncher:
 
     def _watch(self, actor: Any, part: Part, name: str) -> None:
         """`_lock` is held."""
-        self._lifelines[actor.stay.remote()] = (part, name)
+        call = actor.stay.remote()
+        self._lifelines[call] = (part, name)
+        if self._on_death is not None:
+            on_death = self._on_death
+            call.future().add_done_callback(lambda _: on_death())
 
     def _forget(self, part: Part, actors: list[Any]) -> None:
         """Ends what is to be replaced; its death is no news."""

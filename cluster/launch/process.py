@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from queue import Empty, Queue
 
@@ -15,6 +16,7 @@ from manta.cluster.launch.launcher import LaunchError
 
 _ADDRESS = "MANTA_ADDRESS "
 _ERROR = "MANTA_ERROR "
+_END_S = 5.0
 STOPPED_S = 1.0  # a child that a signal has stopped for so long will not go on by itself
 
 
@@ -25,8 +27,17 @@ class ChildProcess:
     Ctrl-C at the terminal reaches only the parent, which ends its children in order.
     """
 
-    def __init__(self, name: str, module: str, args: list[str], env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        module: str,
+        args: list[str],
+        env: dict[str, str] | None = None,
+        on_end: Callable[[], None] | None = None,
+    ) -> None:
+        """on_end: called, on a thread, when the child has ended."""
         self.name = name
+        self._on_end = on_end
         self._replies: Queue[str | None] = Queue()
         self._last_lines: deque[str] = deque(maxlen=20)
         self._error: str | None = None
@@ -116,6 +127,10 @@ class ChildProcess:
                 with contextlib.suppress(OSError):  # where nobody reads our stderr any more, the child must go on
                     print(f"[{self.name}] {line}", end="", file=sys.stderr, flush=True)
         self._replies.put(None)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # of one that has only closed its output
+            self._process.wait(timeout=_END_S)
+        if self._on_end is not None:
+            self._on_end()
 
     def _why_ended(self) -> str:
         if self._error:

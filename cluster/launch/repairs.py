@@ -49,6 +49,7 @@ class Repairs:
         self._threads: dict[Part, threading.Thread] = {}
         self._spawning: set[int] = set()  # replicas whose workers have no addresses yet
         self._withdrawn: set[int] = set()  # replicas that wait for room and are not wanted any more
+        self._renewed: int | None = None  # a replica that gets workers for the scheduler's sake
         self._closed = False
 
     def start(self, part: Part, num_attempts: int) -> None:
@@ -185,23 +186,31 @@ class Repairs:
             return any(workers for replica, workers in enumerate(self._workers) if replica not in self._spawning)
 
     def _renew_one(self) -> None:
-        """New workers for a replica, unless another one gets some already: a scheduler needs one that can go on. It
-        finds none in an idle deployment, and maybe none where all have failed it once."""
+        """New workers for a replica, first of all one that is broken, unless others are being started already: a
+        scheduler needs one that can go on. It finds none in an idle deployment, and maybe none where all have failed it
+        once; those that wait for it to load the model on them may have died meanwhile."""
+        dead = {death.part for death in self._launcher.deaths()}
         with self.changed:
-            if self._closed or any(role == "worker" for role, _ in self.jobs):
+            parts: list[Part] = [("worker", i) for i in range(len(self._workers)) if i not in self._spawning]
+            parts = [part for part in parts if part not in self.failures.given_up]
+            broken = [part for part in parts if part in dead]
+            if self._closed or not parts or (self._spawning and not broken):
                 return
-            given_up = self.failures.given_up
-            replica = next((i for i in range(len(self._workers)) if ("worker", i) not in given_up), None)
-            if replica is None:
-                return
-            self.jobs["worker", replica] = "start"  # nobody else repairs it meanwhile
+            part = (broken or parts)[0]
+            waits_for_us = part in self.jobs  # and gives the scheduler the workers that there are by then
+            self.jobs.setdefault(part, "start")  # nobody else repairs it meanwhile
+            self._renewed = part[1]
         try:
-            self._workers[replica] = self._launcher.replace_workers(self._config, replica)
+            self._workers[part[1]] = self._launcher.replace_workers(self._config, part[1])
         finally:
             with self.changed:
-                del self.jobs["worker", replica]
+                self._renewed = None
+                if not waits_for_us:
+                    del self.jobs[part]
+                self.changed.notify_all()
 
     def _replace_workers(self, replica: int) -> None:
+        self._wait_until(lambda: self._renewed != replica)
         with self.changed:
             self._spawning.add(replica)  # again, where it is not the first attempt
         self._workers[replica] = self._launcher.replace_workers(self._config, replica)

@@ -4,6 +4,8 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
+from queue import Empty, SimpleQueue
 from types import FrameType
 
 import grpc
@@ -37,6 +39,7 @@ class Supervisor:
     def __init__(self, config: ServeConfig) -> None:
         self._config = with_absolute_paths(config)
         self._stop = threading.Event()
+        self._wakes: SimpleQueue[None] = SimpleQueue()  # there may be something to look at before it is time again
         self._is_up = False
         self._workers: list[list[str]] = []  # addresses by replica and rank
         self._keeper: Keeper | None = None
@@ -76,7 +79,7 @@ class Supervisor:
         # Only the cluster that is joined knows whether it has GPUs: host memory is checked when it has said so.
         self._check(on_gpu=joins or bool(local_gpus()))
         if self._config.distributed_executor_backend == "local":
-            return LocalLauncher()
+            return LocalLauncher(self._wake)
         from manta.cluster.launch import on_ray
 
         with self._timed("ray"):
@@ -84,7 +87,7 @@ class Supervisor:
         self._handle_signals()  # again: Ray's own handler of SIGTERM would end this process in the midst of streams
         if joins and not on_ray.has_gpus():
             self._check(on_gpu=False)
-        return on_ray.RayLauncher()
+        return on_ray.RayLauncher(self._wake)
 
     def _check(self, on_gpu: bool) -> None:
         check(self._config, on_gpu=on_gpu and self._config.device != "cpu")
@@ -111,9 +114,11 @@ class Supervisor:
         """Returns None when told to stop, or why the deployment cannot go on."""
         keeper = self._keeper = Keeper(self._config, launcher, scheduler, self._workers)
         try:
-            while not self._stop.wait(_WATCH_INTERVAL_S):
+            while not self._stop.is_set():
                 if why := keeper.look():
                     return why
+                with suppress(Empty):
+                    self._wakes.get(timeout=_WATCH_INTERVAL_S)
             return None
         finally:
             keeper.end()
@@ -133,8 +138,12 @@ class Supervisor:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._is_up:
             self._stop.set()
+            self._wake()
         else:
             raise _Interrupted
+
+    def _wake(self) -> None:
+        self._wakes.put(None)
 
     def _disconnect(self) -> None:
         if "ray" in sys.modules:

@@ -216,6 +216,28 @@ def test_a_scheduler_that_found_no_workers_to_go_on_with_gets_new_ones(
     assert world.engine.done == ["scheduler for [['new:2'], ['old:1']]"]
 
 
+def test_workers_that_die_while_they_wait_for_the_scheduler_are_renewed(
+    make: Callable[..., World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scheduler loads the model on them: it cannot start without, and they are not repaired before it has."""
+    monkeypatch.setattr("manta.cluster.launch.repairs._RETRY_S", 0.01)
+    world = make(data_parallel_size=1)
+    launcher = world.launcher
+    launcher.dead["worker", 0] = launcher.dead["scheduler", 0] = "killed"
+    start = launcher.replace_scheduler
+
+    def fails_once(config: ServeConfig, workers: list[list[str]]) -> None:
+        if workers == [["new:1"]]:
+            launcher.dead["worker", 0] = "killed while it loads"
+            raise LaunchError("worker rank 0 at new:1: the process does not answer")
+        start(config, workers)
+
+    monkeypatch.setattr(launcher, "replace_scheduler", fails_once)
+    world.look_until(lambda: len(world.engine.done) == 2)
+    world.settle()
+    assert world.engine.done == ["scheduler for [['new:2']]", "replica 0 gets new:2"]
+
+
 def test_a_dead_scheduler_does_not_wait_for_ever_for_workers_where_there_are_others(
     make: Callable[..., World], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -42,7 +42,7 @@ def visible(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
     started: list[str | None] = []
 
     class Child:
-        def __init__(self, name: str, module: str, args: list[str], env: dict[str, str]) -> None:
+        def __init__(self, name: str, module: str, args: list[str], env: dict[str, str], **_: Any) -> None:
             started.append(env.get("CUDA_VISIBLE_DEVICES"))
 
         def wait_for_address(self, timeout_s: float) -> str:
@@ -74,7 +74,9 @@ def test_only_frontends_get_the_keys_and_in_no_words_of_a_command(monkeypatch: p
     started: list[tuple[str, list[str], dict[str, str] | None]] = []
 
     class Child:
-        def __init__(self, name: str, module: str, args: list[str], env: dict[str, str] | None = None) -> None:
+        def __init__(
+            self, name: str, module: str, args: list[str], env: dict[str, str] | None = None, **_: Any
+        ) -> None:
             started.append((name, args, env))
 
         def wait_for_address(self, timeout_s: float) -> str:
@@ -98,7 +100,7 @@ def test_a_worker_that_stands_by_takes_the_place_of_one_that_died(monkeypatch: p
     children: list[Any] = []
 
     class Child:
-        def __init__(self, name: str, module: str, args: list[str], env: dict[str, str]) -> None:
+        def __init__(self, name: str, module: str, args: list[str], env: dict[str, str], **_: Any) -> None:
             self.name, self.args, self.env, self.told, self.is_dead = name, args, env, "", False
             children.append(self)
 

@@ -4,6 +4,7 @@ import io
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,23 @@ def test_too_slow(module: str) -> None:
 @pytest.mark.parametrize(("cores", "workers", "threads"), [(2, 1, 2), (2, 4, 1), (16, 3, 5), (1, 0, 1)])
 def test_threads_never_exceed_cores(cores: int, workers: int, threads: int) -> None:
     assert cores_per_worker(cores, workers) == threads
+
+
+def test_an_end_is_told_at_once(module: str) -> None:
+    """And is known by then."""
+    reasons: list[str | None] = []
+    told = threading.Event()
+
+    def note() -> None:
+        reasons.append(child.ended())
+        told.set()
+
+    child = ChildProcess("role", module, ["print('MANTA_ADDRESS x'); threading.Event().wait()"], on_end=note)
+    child.wait_for_address(20)
+    assert not told.is_set()
+    os.kill(child.pid, signal.SIGKILL)
+    assert told.wait(20)
+    assert reasons == ["role was killed by SIGKILL"]
 
 
 def test_same_interpreter(module: str) -> None:
