@@ -162,7 +162,7 @@ class Engine:
         if submit.num_sequences > 1 or submit.HasField("beams"):
             self._submit_group(frontend, submit)
             return
-        request_id = self._publisher.open_request(frontend, submit.handle)
+        request_id = self._publisher.open_request(frontend, submit.handle, submit.tenant)
         refused = self._refusal()
         if refused is None and submit.sampling.HasField("grammar"):
             ready = partial(self._enqueue, frontend, submit, request_id)
@@ -192,7 +192,7 @@ class Engine:
         request_ids = []
         try:
             for handle in range(submit.handle, submit.handle + num_sequences):
-                request_id = self._publisher.open_request(frontend, handle)
+                request_id = self._publisher.open_request(frontend, handle, submit.tenant)
                 request_ids.append(request_id)
         except ValueError:
             for handle in range(submit.handle, submit.handle + len(request_ids)):

@@ -1,73 +1,22 @@
-"""What the engine counts, and its Prometheus text under the names of vLLM's dashboards.
+"""What the engine counts, and its Prometheus text under the names of vLLM's dashboards."""
 
-prometheus_client takes microseconds per observation; a step observes hundreds of values. The engine therefore counts in
-its own few lines, a whole array at a time, and hands prometheus_client the sums when somebody asks.
-"""
-
-from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 
-import numpy as np
-from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from manta.cluster.engine.histogram import REQUEST_S, Counter, Histogram
+from manta.cluster.engine.tenant_metrics import TenantMetrics
+
 _TTFT_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640)
 _TOKEN_S = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
-_REQUEST_S = (0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
 _STEP_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 _OVERHEAD_S = (0.00002, 0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.05, 0.1)
 _PLAN_BYTES = (32, 64, 128, 256, 512, 1024, 2048, 4096, 16384, 65536, 262144, 1048576)
 _TOKENS = tuple(digit * 10**power for power in range(6) for digit in (1, 2, 5))
+STATES = ("serving", "lost", "given_up", "absent")  # the protocol's ReplicaLoad.State
 _FINISH_REASONS = ("stop", "length", "abort", "error")
-
-
-class Counter:
-    """A number that only grows. `name` without the _total that Prometheus appends."""
-
-    def __init__(self, name: str, documentation: str) -> None:
-        self.name = name
-        self.documentation = documentation
-        self.value: float = 0
-
-
-class Histogram:
-    """Counts of observations per bucket; `bounds` are the buckets' inclusive upper limits."""
-
-    def __init__(self, name: str, documentation: str, bounds: Sequence[float]) -> None:
-        self.name = name
-        self.documentation = documentation
-        self.bounds = bounds
-        self.sum = 0.0
-        self._array = np.array(bounds, float)
-        self._counts = [0] * (len(bounds) + 1)
-
-    def observe(self, value: float) -> None:
-        self._counts[bisect_left(self.bounds, value)] += 1
-        self.sum += value
-
-    def observe_many(self, values: NDArray[np.float64]) -> None:
-        """values: float64 [N]."""
-        if len(values) == 0:
-            return
-        self.sum += float(values.sum())
-        lowest = bisect_left(self.bounds, float(values.min()))
-        if lowest == bisect_left(self.bounds, float(values.max())):  # as the times of one step mostly do
-            self._counts[lowest] += len(values)
-            return
-        counts = np.bincount(np.searchsorted(self._array, values), minlength=len(self._counts))
-        for bucket in counts.nonzero()[0].tolist():
-            self._counts[bucket] += int(counts[bucket])
-
-    def cumulative(self) -> list[tuple[str, float]]:
-        """(upper limit, observations at or below it), as Prometheus wants them."""
-        limits = [*(f"{bound:g}" for bound in self.bounds), "+Inf"]
-        return list(zip(limits, np.cumsum(self._counts).tolist(), strict=True))
-
-    @property
-    def count(self) -> int:
-        return sum(self._counts)
 
 
 class ReplicaMetrics:
@@ -77,10 +26,10 @@ class ReplicaMetrics:
         self.ttft_s = Histogram("vllm:time_to_first_token_seconds", "From arrival to the first token.", _TTFT_S)
         self.itl_s = Histogram("vllm:inter_token_latency_seconds", "Between two tokens of a request.", _TOKEN_S)
         self.tpot_s = Histogram("vllm:request_time_per_output_token_seconds", "Mean after the first token.", _TOKEN_S)
-        self.e2e_s = Histogram("vllm:e2e_request_latency_seconds", "From arrival to the end.", _REQUEST_S)
-        self.queue_s = Histogram("vllm:request_queue_time_seconds", "From arrival to the first slot.", _REQUEST_S)
-        self.prefill_s = Histogram("vllm:request_prefill_time_seconds", "First slot to first token.", _REQUEST_S)
-        self.decode_s = Histogram("vllm:request_decode_time_seconds", "From the first token to the last.", _REQUEST_S)
+        self.e2e_s = Histogram("vllm:e2e_request_latency_seconds", "From arrival to the end.", REQUEST_S)
+        self.queue_s = Histogram("vllm:request_queue_time_seconds", "From arrival to the first slot.", REQUEST_S)
+        self.prefill_s = Histogram("vllm:request_prefill_time_seconds", "First slot to first token.", REQUEST_S)
+        self.decode_s = Histogram("vllm:request_decode_time_seconds", "From the first token to the last.", REQUEST_S)
         self.request_prompt_tokens = Histogram("vllm:request_prompt_tokens", "Prompt length.", _TOKENS)
         self.request_generation_tokens = Histogram("vllm:request_generation_tokens", "Tokens generated.", _TOKENS)
         self.step_s = Histogram("manta:step_time_seconds", "Between two results of a busy replica.", _STEP_S)
@@ -97,6 +46,8 @@ class ReplicaMetrics:
         self.device_busy_s = Counter("manta:device_busy_seconds", "The device worked on steps.")
         self.device_idle_s = Counter("manta:device_idle_seconds", "The device waited for a step while there was work.")
         self.failovers = Counter("manta:failovers", "Epochs ended by a worker's failure.")
+        self.recoveries = Counter("manta:recoveries", "A step came back, the first since a worker failed.")
+        self.awaits_recovery = False
         self.finished = dict.fromkeys(_FINISH_REASONS, 0)
         self._idle_share = 0.0
 
@@ -125,15 +76,20 @@ class Gauges:
         self.num_waiting = 0
         self.kv_cache_usage = 0.0
         self.alive = True
+        self.state = ""
 
 
 class EngineCollector(Collector):
     """Turns the replicas' counts into metric families when prometheus_client collects."""
 
-    def __init__(self, model_name: str, replicas: list[ReplicaMetrics], cache_config: dict[str, str]) -> None:
+    def __init__(
+        self, model_name: str, replicas: list[ReplicaMetrics], tenants: TenantMetrics, cache_config: dict[str, str]
+    ) -> None:
+        self.num_moves: dict[str, int] = {}  # by how: sequences that went to another replica
         self.gauges = [Gauges() for _ in replicas]
         self._model_name = model_name
         self._replicas = replicas
+        self._tenants = tenants
         self._cache_config = cache_config
 
     def collect(self) -> Iterable[Metric]:
@@ -147,7 +103,15 @@ class EngineCollector(Collector):
         shares = [replica.idle_share for replica in self._replicas]
         yield self._gauge("manta:device_idle_share", "Idle part of the device's time, 0-1, recent.", shares)
         yield self._gauge("manta:replica_up", "1 while the replica serves.", [int(g.alive) for g in self.gauges])
+        yield self._states()
         yield self._finished()
+        moves = CounterMetricFamily(
+            "manta:sequence_moves", "Running sequences that went to another replica.", labels=["model_name", "how"]
+        )
+        for how, count in self.num_moves.items():
+            moves.add_metric([self._model_name, how], count)
+        yield moves
+        yield from self._tenants.collect(self._model_name)
         info = GaugeMetricFamily("vllm:cache_config_info", "KV cache of a replica.", labels=[*self._cache_config])
         info.add_metric([*self._cache_config.values()], 1)
         yield info
@@ -174,6 +138,14 @@ class EngineCollector(Collector):
         family = GaugeMetricFamily(name, documentation, labels=["model_name", "engine"])
         for index, value in enumerate(values):
             family.add_metric(self._labels(index), value)
+        return family
+
+    def _states(self) -> Metric:
+        labels = ["model_name", "engine", "state"]
+        family = GaugeMetricFamily("manta:replica_state", "1 for the state that the replica is in.", labels=labels)
+        for index, gauges in enumerate(self.gauges):
+            for state in STATES:
+                family.add_metric([*self._labels(index), state], int(gauges.state == state))
         return family
 
     def _finished(self) -> Metric:

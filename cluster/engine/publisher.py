@@ -9,6 +9,7 @@ import numpy as np
 from manta.cluster.engine.frontend import MAX_PENDING_BYTES, Frontend
 from manta.cluster.engine.metrics import ReplicaMetrics
 from manta.cluster.engine.request_table import RequestTable
+from manta.cluster.engine.tenant_metrics import TenantMetrics
 from manta.cluster.engine.token_times import TokenTimes
 from manta.protos import engine_pb2 as pb
 from manta.scheduler.types import Events, Finished, Started
@@ -31,7 +32,8 @@ class Publisher:
         self._metrics = metrics
         self._max_pending_bytes = max_pending_bytes
         self._table = RequestTable()
-        self._times = TokenTimes(self._table)
+        self.tenants = TenantMetrics()
+        self._times = TokenTimes(self._table, self.tenants)
         self._frontends: dict[int, Frontend] = {}
         self._num_frontends = 0
         self._num_open = 0
@@ -52,11 +54,13 @@ class Publisher:
         frontend.close()
         del self._frontends[frontend.number]
 
-    def open_request(self, frontend: Frontend, handle: int) -> int:
+    def open_request(self, frontend: Frontend, handle: int, tenant: str = "") -> int:
         """Returns the new request's id. Raises ValueError when the handle is in use."""
         if handle in frontend.requests:
             raise ValueError(f"handle {handle} is in use: handles are unique within a stream")
-        request_id = self._table.open(frontend.number, handle, self.clock())
+        number = self.tenants.number(tenant)
+        self.tenants.note_arrival(number)
+        request_id = self._table.open(frontend.number, handle, number, self.clock())
         frontend.requests[handle] = request_id
         self._num_open += 1
         self.num_arrived += 1
@@ -64,7 +68,10 @@ class Publisher:
         return request_id
 
     def close_request(self, frontend: Frontend, handle: int) -> None:
-        self._table.close(frontend.requests.pop(handle))
+        request_id = frontend.requests.pop(handle)
+        row = self._table.row(request_id)
+        self.tenants.note_end(int(self._table.tenant[row]), has_started=bool(self._table.started_s[row]))
+        self._table.close(request_id)
         self._num_open -= 1
         if not self._num_open:
             self.idle.set()
@@ -107,6 +114,8 @@ class Publisher:
         table.started_s[row] = now_s
         self.recent_queue_s += 0.1 * (queue_s - self.recent_queue_s)
         metrics.queue_s.observe(queue_s)
+        num_prompt_tokens = 0 if started.is_follower else len(started.request.prompt)
+        self.tenants.note_start(int(table.tenant[row]), num_prompt_tokens, queue_s)
         if not started.is_follower:
             metrics.prompt_tokens.value += len(started.request.prompt)
             metrics.prefix_cache_queries.value += len(started.request.prompt)

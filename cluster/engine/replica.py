@@ -94,6 +94,7 @@ class ReplicaLoop:
                 self.trouble = str(error)
                 self._scheduler.close_replica(self.index)
                 self.metrics.failovers.value += 1
+                self.metrics.awaits_recovery = True
                 on_requeue()
                 self.lost_reason = await self._why_lost(error)
 
@@ -164,6 +165,7 @@ class ReplicaLoop:
                 self._publish(self._scheduler.take_events(), self.index)
         if not self._in_flight:
             self._had_work = False
+        self.metrics.preemptions.value += counters.num_preemptions - num_preemptions
         if counters.num_preemptions > num_preemptions:
             on_requeue()
 
@@ -186,6 +188,9 @@ class ReplicaLoop:
             self._publish(events, self.index)
             self._num_steps += 1
             self.trouble = None
+            if self.metrics.awaits_recovery:
+                self.metrics.awaits_recovery = False
+                self.metrics.recoveries.value += 1
             self._last_reply_s = received_s
             self._unsettled.append(_DoneStep(sent, reply, received_s, time.thread_time() - cpu_start_s))
             if len(self._unsettled) >= _MAX_UNSETTLED:

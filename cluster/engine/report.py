@@ -31,7 +31,9 @@ class Reporter:
         self._metrics = metrics
         self._loops = loops
         self._given_up = given_up
-        self._collector = EngineCollector(config.model_name, metrics, _cache_config(config, deployment))
+        self._collector = EngineCollector(
+            config.model_name, metrics, publisher.tenants, _cache_config(config, deployment)
+        )
 
     def info(self) -> pb.InfoResponse:
         capacity = self._deployment.capacities[0]
@@ -97,11 +99,27 @@ class Reporter:
         for loop, gauges in zip(self._loops, self._collector.gauges, strict=True):
             num_blocks = self._deployment.capacities[loop.index].num_blocks
             gauges.kv_cache_usage = 1.0 - self._scheduler.num_free_blocks(loop.index) / num_blocks
+            gauges.num_running = self._scheduler.num_resident(loop.index)
             gauges.alive = loop.lost_reason is None
-        counters, first = self._scheduler.counters, self._collector.gauges[0]  # kept for all replicas together
-        first.num_running, first.num_waiting = self._scheduler.num_running, self._scheduler.num_waiting
-        self._metrics[0].preemptions.value = counters.num_preemptions
+            gauges.state = pb.ReplicaLoad.State.Name(self._load_of(loop).state).lower()
+        self._share_out(self._scheduler.num_waiting)
+        counters = self._scheduler.counters
+        self._collector.num_moves = {
+            "copied": counters.num_moves_copied,
+            "recomputed": counters.num_moves_recomputed,
+            "failed": counters.num_moves_failed,
+        }
         return render(self._collector)
+
+    def _share_out(self, num_waiting: int) -> None:
+        """The replicas have one queue. Each that serves is given an equal part of it, so that sums and means over
+        replicas are right."""
+        gauges = self._collector.gauges
+        serving = [each for each in gauges if each.alive] or gauges[:1]
+        for each in gauges:
+            each.num_waiting = 0
+        for place, each in enumerate(serving):
+            each.num_waiting = (num_waiting + len(serving) - 1 - place) // len(serving)
 
 
 def _cache_config(config: ServeConfig, deployment: Deployment) -> dict[str, str]:

@@ -16,6 +16,7 @@ class RequestTable:
     def __init__(self, num_rows: int = 1024) -> None:
         self.frontend = np.zeros(num_rows, np.int64)  # Frontend.number
         self.handle = np.zeros(num_rows, np.uint64)
+        self.tenant = np.zeros(num_rows, np.int64)  # TenantMetrics' number
         self.arrival_s = np.zeros(num_rows)
         self.started_s = np.zeros(num_rows)
         self.first_token_s = np.zeros(num_rows)
@@ -23,7 +24,7 @@ class RequestTable:
         self._free = list(range(num_rows - 1, -1, -1))
         self._num_opened = 0
 
-    def open(self, frontend: int, handle: int, now_s: float) -> int:
+    def open(self, frontend: int, handle: int, tenant: int, now_s: float) -> int:
         """Takes a row and returns the new request's id."""
         if not self._free:
             self._grow()
@@ -31,6 +32,7 @@ class RequestTable:
         self._num_opened += 1
         self.frontend[row] = frontend
         self.handle[row] = handle
+        self.tenant[row] = tenant
         self.arrival_s[row] = now_s
         self.started_s[row] = self.first_token_s[row] = self.last_token_s[row] = 0.0
         return self._num_opened << _ROW_BITS | row
@@ -49,7 +51,7 @@ class RequestTable:
 
     def _grow(self) -> None:
         num_rows = len(self.handle)
-        for name in ("frontend", "handle", "arrival_s", "started_s", "first_token_s", "last_token_s"):
+        for name in ("frontend", "handle", "tenant", "arrival_s", "started_s", "first_token_s", "last_token_s"):
             column = getattr(self, name)
             setattr(self, name, np.concatenate([column, np.zeros_like(column)]))
         self._free = list(range(2 * num_rows - 1, num_rows - 1, -1))

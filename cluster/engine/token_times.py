@@ -6,6 +6,7 @@ from numpy.typing import NDArray
 
 from manta.cluster.engine.metrics import ReplicaMetrics
 from manta.cluster.engine.request_table import RequestTable
+from manta.cluster.engine.tenant_metrics import TenantMetrics
 
 _MAX_NOTED = 64
 
@@ -13,8 +14,9 @@ _MAX_NOTED = 64
 class TokenTimes:
     """Writes first_token_s and last_token_s of the table. Whoever reads these, or closes a request, settles first."""
 
-    def __init__(self, table: RequestTable) -> None:
+    def __init__(self, table: RequestTable, tenants: TenantMetrics) -> None:
         self._table = table
+        self._tenants = tenants
         self._noted: list[tuple[ReplicaMetrics, NDArray[np.int64], float]] = []
 
     def note(self, metrics: ReplicaMetrics, rows: NDArray[np.int64], now_s: float) -> None:
@@ -41,3 +43,4 @@ class TokenTimes:
         table.last_token_s[rows] = now_s
         metrics.itl_s.observe_many(now_s - last_s)
         metrics.generation_tokens.value += len(rows)
+        self._tenants.note_tokens(table.tenant[rows])

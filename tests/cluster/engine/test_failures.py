@@ -30,6 +30,7 @@ def test_a_step_error_replays_with_the_same_tokens(transport: Transport) -> None
             assert worker.device.epoch == 2
             await deployment.settled()
             assert b'manta:failovers_total{engine="0",model_name="fake"} 1.0' in deployment.engine.metrics_text()
+            assert b'manta:recoveries_total{engine="0",model_name="fake"} 1.0' in deployment.engine.metrics_text()
 
     run(test())
 

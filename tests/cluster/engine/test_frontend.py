@@ -63,14 +63,14 @@ def test_memory_is_bounded() -> None:
 
 def test_request_ids_are_unique_and_find_their_rows() -> None:
     table = RequestTable(num_rows=2)
-    first = [table.open(frontend=1, handle=100 + i, now_s=float(i)) for i in range(5)]
+    first = [table.open(frontend=1, handle=100 + i, tenant=0, now_s=float(i)) for i in range(5)]
     assert len(set(first)) == 5
     rows = table.rows(np.array(first))
     assert table.handle[rows].tolist() == [100, 101, 102, 103, 104]
     assert table.arrival_s[rows].tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
     table.last_token_s[table.row(first[2])] = 7.0
     table.close(first[2])
-    again = table.open(frontend=2, handle=9, now_s=8.0)
+    again = table.open(frontend=2, handle=9, tenant=0, now_s=8.0)
     assert table.row(again) == table.row(first[2])
     assert again not in first
     assert table.last_token_s[table.row(again)] == 0.0

@@ -1,14 +1,16 @@
 """Metrics: the names dashboards ask for, and numbers that agree with what was served."""
 
 import asyncio
+from dataclasses import replace
 
 import numpy as np
 import prometheus_client
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from manta.cluster.engine.metrics import Histogram
-from tests.support.fake_deployment import collect, fake_config, fake_deployment, request, run
+from manta.cluster.engine.client import EngineClient
+from manta.cluster.engine.histogram import Histogram
+from tests.support.fake_deployment import collect, fake_config, fake_deployment, request, run, until
 from tests.support.fake_worker_server import FakeWorker
 
 NAMES = [
@@ -38,6 +40,14 @@ NAMES = [
     "manta:scheduler_cpu_seconds_bucket",
     "manta:failovers_total",
     "manta:device_busy_seconds_total",
+    "manta:recoveries_total",
+    "manta:replica_state",
+    "manta:sequence_moves_total",
+    "manta:tenant_requests_running",
+    "manta:tenant_requests_waiting",
+    "manta:tenant_prompt_tokens_total",
+    "manta:tenant_generation_tokens_total",
+    "manta:tenant_queue_time_seconds_bucket",
 ]
 
 
@@ -81,6 +91,48 @@ def test_names_and_counts() -> None:
             assert values["manta:step_time_seconds_count"] == values["manta:plan_bytes_count"] == steps
             assert 0.002 * steps <= values["manta:device_busy_seconds_total"]
             assert b'model_name="m"' in text
+
+    run(test())
+
+
+def labelled(text: bytes, name: str, *labels: str) -> dict[str, float]:
+    """By the values of the labels, with a dash between."""
+    families = text_string_to_metric_families(text.decode())
+    found = [sample for family in families for sample in family.samples if sample.name == name]
+    return {"-".join(sample.labels[label] for label in labels): sample.value for sample in found}
+
+
+def test_each_replica_and_each_tenant_has_its_own() -> None:
+    """While they run, and from whichever frontend one asks."""
+
+    async def test() -> None:
+        config = fake_config(data_parallel_size=2, max_num_seqs=2, scheduling_policy="fair")
+        async with fake_deployment(config, make_worker=lambda: FakeWorker(step_s=0.005)) as deployment:
+            other = await EngineClient.connect(deployment.address)
+            asks = [replace(request([i] * 9, 40), tenant="ab"[i % 2]) for i in range(7)]
+            clients = deployment.client, other
+            tasks = [asyncio.create_task(collect(clients[i % 2].generate(one))) for i, one in enumerate(asks)]
+            scheduler = deployment.engine.scheduler
+            await until(lambda: scheduler.num_running == 4 and scheduler.num_waiting == 3, "four run, three wait")
+            text = deployment.engine.metrics_text()
+            assert labelled(text, "vllm:num_requests_running", "engine") == {"0": 2, "1": 2}
+            assert labelled(text, "vllm:num_requests_waiting", "engine") == {"0": 2, "1": 1}
+            usage = labelled(text, "vllm:kv_cache_usage_perc", "engine")
+            assert min(usage["0"], usage["1"]) > 0
+            running = labelled(text, "manta:tenant_requests_running", "tenant")
+            waiting = labelled(text, "manta:tenant_requests_waiting", "tenant")
+            assert sum(running.values()) == 4
+            assert {tenant: running[tenant] + waiting[tenant] for tenant in "ab"} == {"a": 4, "b": 3}
+            assert labelled(text, "manta:replica_state", "engine", "state")["1-serving"] == 1
+            await asyncio.gather(*tasks)
+            await deployment.settled()
+            for text in (await other.metrics(), await deployment.client.metrics()):
+                assert labelled(text, "manta:tenant_prompt_tokens_total", "tenant") == {"a": 4 * 9, "b": 3 * 9}
+                assert labelled(text, "manta:tenant_generation_tokens_total", "tenant") == {"a": 4 * 40, "b": 3 * 40}
+                assert labelled(text, "manta:tenant_queue_time_seconds_count", "tenant") == {"a": 4, "b": 3}
+                assert set(labelled(text, "manta:tenant_requests_running", "tenant").values()) == {0}
+                assert sum(labelled(text, "vllm:generation_tokens_total", "engine").values()) == 7 * 40
+            await other.close()
 
     run(test())
 
