@@ -16,6 +16,20 @@ class EpochGuard:
         self._epoch = 0
         self._step = 0
         self._failure = ""
+        self._blocks_epoch = 0  # the highest that blocks have come for
+
+    @property
+    def epoch(self) -> int:
+        """Of the last plan that was taken; 0 before the first."""
+        return self._epoch
+
+    def admits_blocks(self, epoch: int) -> bool:
+        """Whether blocks may come for plans of the epoch: that of the plans here, or a later one. They may come before
+        its first plan, but then not for an earlier one any more."""
+        if epoch < max(self._epoch, self._blocks_epoch):
+            return False
+        self._blocks_epoch = epoch
+        return True
 
     @property
     def position(self) -> tuple[int, int]:

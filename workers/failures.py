@@ -15,11 +15,15 @@ def status_of(error: Exception) -> grpc.StatusCode:
     from torch import OutOfMemoryError  # here, so that a worker answers before torch is imported
 
     from manta.configs.capacity import CapacityError
+    from manta.workers.block_transfer import TransferError
+    from manta.workers.columns import PlanError
     from manta.workers.rank import PlacementError
 
     if isinstance(error, OrderError):
         return grpc.StatusCode.FAILED_PRECONDITION
-    if isinstance(error, ValidationError | ModelError | PlacementError):
+    if isinstance(error, TransferError):
+        return grpc.StatusCode.ABORTED
+    if isinstance(error, ValidationError | ModelError | PlacementError | PlanError):
         return grpc.StatusCode.INVALID_ARGUMENT
     if isinstance(error, CapacityError | OutOfMemoryError | MemoryError):
         return grpc.StatusCode.RESOURCE_EXHAUSTED

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from manta.protos.worker_pb2 import StepPlan
+from manta.workers.block_bytes import block_bytes_of
 from manta.workers.block_copy import BlockCopies
 from manta.workers.clock import Reading, StepTime, make_clock
 from manta.workers.decode_graphs import Record
@@ -70,6 +71,7 @@ class Runner:
         mesh, limits = stage.mesh, stage.limits
         self._mesh = mesh
         self._copies = BlockCopies(stage.kv_cache)
+        self.blocks = block_bytes_of(stage.kv_cache) if stage.kv_cache else None  # for moves, on any thread
         self._pages = PagesAhead(stage.kv_cache) if mesh.device.type == "cpu" else None
         changes = SlotChanges() if on_device else None
         if on_device:

@@ -19,6 +19,7 @@ from google.protobuf.message import DecodeError
 from manta.configs.schema import ServeConfig
 from manta.protos import worker_pb2 as pb
 from manta.protos.worker_pb2_grpc import WorkerServicer
+from manta.workers.block_transfer import BlockTransfers
 from manta.workers.compute import ComputeThread
 from manta.workers.epochs import EpochGuard, RefusedPlanError
 from manta.workers.failures import OrderError, reason_of, status_of
@@ -26,6 +27,7 @@ from manta.workers.lease import Lease
 from manta.workers.links import LinkServer
 
 if TYPE_CHECKING:  # torch takes a second to import; the service can be reached before
+    from manta.workers.block_bytes import BlockBytes
     from manta.workers.rank import LoadedRank
     from manta.workers.runner import Runner, Step
 
@@ -50,6 +52,7 @@ class WorkerService(WorkerServicer):
         self._runner: Runner | None = None
         self._num_blocks = 0  # of the runner
         self._guard = EpochGuard()
+        self._transfers = BlockTransfers(lambda: self._guard)
         self._links = LinkServer(host, self.run)
         self._links.start()
 
@@ -110,6 +113,27 @@ class WorkerService(WorkerServicer):
                 context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         return pb.CompileResponse()
 
+    def ImportBlocks(self, request: pb.ImportBlocksRequest, context: grpc.ServicerContext) -> pb.ImportBlocksResponse:
+        try:
+            with self._lease.call():
+                return self._transfers.fetch(request, self._blocks())
+        except Exception as error:
+            self._abort(context, error)
+            raise
+
+    def ExportBlocks(self, request: pb.ExportBlocksRequest, context: grpc.ServicerContext) -> Iterator[pb.BlockChunk]:
+        try:
+            with self._lease.call():
+                yield from self._transfers.export(request, self._blocks())
+        except Exception as error:
+            self._abort(context, error)
+            raise
+
+    def _blocks(self) -> "BlockBytes":
+        if self._runner is None or self._runner.blocks is None:
+            raise OrderError("blocks were asked for before Start")
+        return self._runner.blocks
+
     def Run(self, request_iterator: Iterator[pb.StepPlan], context: grpc.ServicerContext) -> Iterator[pb.StepResult]:
         try:
             yield from self.run(request_iterator)
@@ -133,6 +157,7 @@ class WorkerService(WorkerServicer):
         """Ends the links, and the compute thread after what it is doing."""
         self._lease.end()
         self._links.stop()
+        self._transfers.close()
         self._compute.stop()
 
     def _load(self, request: pb.LoadRequest) -> "LoadedRank":
@@ -173,8 +198,9 @@ class WorkerService(WorkerServicer):
         elif num_blocks != self._num_blocks:
             raise OrderError(f"Start came a second time, for {num_blocks} blocks where there are {self._num_blocks}")
         else:
-            self._runner.clear()
-            self._guard = EpochGuard(after=position)
+            with self._transfers.writing:
+                self._runner.clear()
+                self._guard = EpochGuard(after=position)
         return position
 
     def _read(self, runner: "Runner", guard: EpochGuard, plans: Iterator[pb.StepPlan], answers: Answers) -> None:
@@ -194,7 +220,8 @@ class WorkerService(WorkerServicer):
             if guard is not self._guard:
                 raise RefusedPlanError(f"step {plan.step} is of a scheduler that another has replaced")
             if guard.admit(plan):
-                runner.clear()
+                with self._transfers.writing:  # blocks that come for an earlier epoch have come, or will be refused
+                    runner.clear()
             step = runner.run(plan)
         except RefusedPlanError as error:
             answers.put(partial(self._error, plan, str(error)))
