@@ -1,5 +1,7 @@
 """Takes a step's sampled tokens into the picture and tells the outside what came of them."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from manta.scheduler.beams import take_answers
@@ -49,6 +51,11 @@ def finish(
     replica.leave(sequence, Status.FINISHED)
     num_output_tokens = len(sequence.tokens) - len(sequence.request.prompt)
     events.finished.append(Finished(sequence.request, reason, stop_token, num_output_tokens, vector=vector))
+
+
+def finished_with_error(finished: Finished, message: str) -> Finished:
+    """What is told of a request that was aborted for its own fault."""
+    return replace(finished, reason="error", error=message)
 
 
 def _apply_decodes(replica: Replica, step: InFlightStep, tokens: Tokens, events: Events) -> None:

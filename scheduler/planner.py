@@ -15,6 +15,7 @@ from manta.scheduler.growth import give_blocks, last_in_rank
 from manta.scheduler.placement import Placement
 from manta.scheduler.replica import Replica
 from manta.scheduler.sequence import Sequence, Status
+from manta.scheduler.trials import Trials
 from manta.scheduler.types import Counters, Events, Started, StepPlan
 from manta.scheduler.waiting import WaitingQueue
 
@@ -25,6 +26,7 @@ class Planner:
         replica: Replica,
         queue: WaitingQueue,
         placement: Placement | None,
+        trials: Trials,
         counters: Counters,
         events: Events,
         enable_chunked_prefill: bool,
@@ -33,6 +35,7 @@ class Planner:
         self._replica = replica
         self._queue = queue
         self._placement = placement
+        self._trials = trials
         self._counters = counters
         self._events = events
         self._admission = Admission(replica, enable_chunked_prefill)
@@ -80,6 +83,8 @@ class Planner:
                 if self._fair_share is not None and self._queue and has_room:
                     budget -= self._admit_ahead(self._fair_share, draft, budget)
                 budget -= self._continue_prefills(draft, budget)
+            if self._trials.waiting and has_room:
+                budget -= self._admit_suspect(draft, budget)
             if self._queue and has_room:
                 self._admit(draft, budget)
             if not draft.is_empty:
@@ -175,7 +180,7 @@ class Planner:
     def _admit(self, draft: Draft, budget: int, max_num_seqs: int = sys.maxsize, *, only_light: bool = False) -> int:
         """Returns how much of the budget they take."""
         placement, left = self._placement, budget
-        if not self._replica.accepts:
+        if not self._replica.accepts or self._trials.is_under_way(self._replica.index):
             return 0
         while left > 0 and max_num_seqs > 0 and self._admission.has_room(draft, len(self._queue)):
             if self._fair_share is not None:
@@ -202,6 +207,18 @@ class Planner:
                     self._counters.num_prefix_queries += len(sequence.tokens)
                     self._counters.num_prefix_hits += num_cached
         return budget - left
+
+    def _admit_suspect(self, draft: Draft, budget: int) -> int:
+        """One that nobody enters beside. Returns how much of the budget it takes."""
+        index, trials = self._replica.index, self._trials
+        sequence = trials.next(index, others_wait=bool(self._queue)) if self._replica.accepts and budget > 0 else None
+        if sequence is None or not self._admission.has_room(draft, 1 + len(self._queue)):
+            return 0
+        self._admission.num_kept_blocks = 0
+        if self._admission.admit(sequence, draft, budget) < 0:
+            return 0
+        trials.begin(index, sequence)
+        return draft.prefills[sequence.slot].num_tokens
 
     def _charge(self, sequence: Sequence, num_cached: int) -> None:
         """Its tenant, for the tokens of its prompt."""

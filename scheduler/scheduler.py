@@ -13,7 +13,7 @@ from manta.scheduler.group import BeamGroup, Group, listening
 from manta.scheduler.grouping import leaders_of, samples_of, search_of
 from manta.scheduler.integrity import check_groups, check_moves, check_placement, check_replica, check_waiting
 from manta.scheduler.moves import Moves
-from manta.scheduler.outcome import apply_result, finish
+from manta.scheduler.outcome import apply_result, finish, finished_with_error
 from manta.scheduler.placement import Placement
 from manta.scheduler.planner import Planner
 from manta.scheduler.prefix import PrefixHasher
@@ -21,6 +21,7 @@ from manta.scheduler.replica import Replica
 from manta.scheduler.sequence import Sequence, Status
 from manta.scheduler.snapshot import Snapshot, take_snapshot
 from manta.scheduler.tenants import TenantMeter
+from manta.scheduler.trials import Trials, members_of
 from manta.scheduler.types import (
     Capacity,
     Counters,
@@ -89,8 +90,17 @@ class Scheduler:
         self._placement = Placement(self._replicas, self._queue, meter) if len(replicas) > 1 else None
         closed = set() if self._placement is None else self._placement.closed
         self.moves = Moves(self._replicas, self._queue, self.counters, closed)
+        self._trials = Trials(self._replicas, closed)
         self._planners = [
-            Planner(replica, self._queue, self._placement, self.counters, self._events, enable_chunked_prefill)
+            Planner(
+                replica,
+                self._queue,
+                self._placement,
+                self._trials,
+                self.counters,
+                self._events,
+                enable_chunked_prefill,
+            )
             for replica in self._replicas
         ]
 
@@ -186,7 +196,7 @@ class Scheduler:
         del self._groups[group]
 
     def _stop_waiting(self, sequence: Sequence) -> None:
-        """A sequence without slot ends; it is in the queue, waits for a leader, follows one, or is moving."""
+        """A sequence without slot ends; it is in the queue, waits for a leader or a trial, follows or moves."""
         if sequence.status is Status.MOVING:
             self.moves.drop(sequence)
             sequence.status = Status.FINISHED
@@ -199,7 +209,8 @@ class Scheduler:
             if sequence in waiting:
                 waiting.remove(sequence)
                 return
-        self._queue.remove(sequence)
+        if not self._trials.drop(sequence):
+            self._queue.remove(sequence)
 
     def _leave_group(self, sequence: Sequence) -> None:
         """The sequence has ended. Where it was to compute the prompt for others, one of these does."""
@@ -254,8 +265,26 @@ class Scheduler:
         waiting += picture.followers
         waiting += self.moves.lose(replica)
         picture.clear()
-        for sequence in reversed(leaders_of(waiting)):
+        for sequence in reversed([each for each in leaders_of(waiting) if not self._trials.takes(each)]):
             self._queue.push_front(sequence)
+
+    def fail_replica(self, replica: int, reason: str, workers: int = 0) -> Events:
+        """As `close_replica`, for one that has failed while it ran what it had. Requests that are to blame end with an
+        error (see `trials`); the others go on. `workers`: another number whenever the replica has new ones."""
+        convicted = self._trials.judge(replica, workers, others_wait=bool(self._queue))
+        requests = [member.request for unit in convicted for member in members_of(unit)]
+        requests += [request for unit in convicted if isinstance(unit, Group) for request in listening(unit)]
+        self.close_replica(replica)
+        message = f"the workers fail whenever they run this request: {reason}"
+        for request in requests:
+            ended = self.abort(request.id)
+            ended.finished = [finished_with_error(each, message) for each in ended.finished]
+            self._events.finished += ended.finished
+        return self.take_events()
+
+    def num_excused(self, replica: int) -> int:
+        """How often the replica has failed in a way that requests, not it, are blamed for."""
+        return self._trials.num_excused[replica]
 
     def close_replica(self, replica: int) -> None:
         """As `reset`, for one that nobody will plan until `open_replica`: no request waits for it."""
@@ -264,8 +293,13 @@ class Scheduler:
         if self._placement is not None:
             self._placement.close(replica)
 
+    def give_up_replica(self, replica: int) -> None:
+        """It is closed, and nobody should wait for it."""
+        self._trials.expect(replica, will_come=False)
+
     def open_replica(self, replica: int) -> None:
         """It has workers and will be planned; as all are at first."""
+        self._trials.expect(replica, will_come=False)
         if self._placement is not None:
             self._placement.open(replica)
 
@@ -288,6 +322,7 @@ class Scheduler:
             here += replica.followers
         check_moves(self.moves, self._replicas)
         here += self.moves.sequences
+        here += self._trials.waiting
         for group in self._groups:
             here += group.pending
         expected = {sequence.request.id: sequence for sequence in here if sequence.beam is None}
@@ -307,7 +342,7 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        num_waiting = len(self._queue)
+        num_waiting = len(self._queue) + len(self._trials.waiting)
         for replica in self._replicas:
             num_waiting += sum(sequence.status is Status.WAITING for sequence in replica.followers)
         return num_waiting + sum(len(group.pending) for group in self._groups)

@@ -135,6 +135,7 @@ class Finished:
     num_output_tokens: int = 0
     cumulative_logprob: float | None = None  # of the output; told of what a beam search found
     vector: bytes = b""                  # the answer, where it was asked for
+    error: str = ""                      # for the user, with reason "error"
 
 
 @dataclass(slots=True)

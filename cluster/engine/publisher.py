@@ -167,6 +167,7 @@ class Publisher:
                 stop_token=finished.stop_token,
                 cumulative_logprob=finished.cumulative_logprob,
                 vector=finished.vector,
+                error=finished.error,
             )
         )
         self.close_request(frontend, handle)
