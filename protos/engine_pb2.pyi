@@ -225,7 +225,7 @@ class LoadResponse(_message.Message):
     def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_blocks: _Optional[int] = ..., kv_cache_usage: _Optional[float] = ..., num_waiting_tokens: _Optional[int] = ..., healthy: bool = ..., detail: _Optional[str] = ..., num_background: _Optional[int] = ..., replicas: _Optional[_Iterable[_Union[ReplicaLoad, _Mapping]]] = ..., oldest_wait_s: _Optional[float] = ..., num_arrived: _Optional[int] = ...) -> None: ...
 
 class ReplicaLoad(_message.Message):
-    __slots__ = ("state", "detail", "num_free_blocks", "num_blocks", "num_running")
+    __slots__ = ("state", "detail", "num_free_blocks", "num_blocks", "num_running", "num_excused")
     class State(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         SERVING: _ClassVar[ReplicaLoad.State]
@@ -241,12 +241,14 @@ class ReplicaLoad(_message.Message):
     NUM_FREE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
+    NUM_EXCUSED_FIELD_NUMBER: _ClassVar[int]
     state: ReplicaLoad.State
     detail: str
     num_free_blocks: int
     num_blocks: int
     num_running: int
-    def __init__(self, state: _Optional[_Union[ReplicaLoad.State, str]] = ..., detail: _Optional[str] = ..., num_free_blocks: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_running: _Optional[int] = ...) -> None: ...
+    num_excused: int
+    def __init__(self, state: _Optional[_Union[ReplicaLoad.State, str]] = ..., detail: _Optional[str] = ..., num_free_blocks: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_running: _Optional[int] = ..., num_excused: _Optional[int] = ...) -> None: ...
 
 class ReplaceWorkersRequest(_message.Message):
     __slots__ = ("replica", "workers")

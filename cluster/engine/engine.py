@@ -121,6 +121,7 @@ class Engine:
         loop = self._loops[index]
         loop.lost_reason = loop.lost_reason or reason
         self._given_up[index] = reason
+        self.scheduler.give_up_replica(index)
         if len(self._given_up) == len(self._loops):
             for request_id in self._publisher.open_request_ids():
                 self.scheduler.abort(request_id)

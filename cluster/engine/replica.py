@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 
 from manta.cluster.engine.codec import Reply, encode_plan
 from manta.cluster.engine.epoch import EpochStreams
@@ -19,6 +20,7 @@ logger = logging.getLogger(__name__)
 _HEALTHY_STEPS = 100  # an epoch with fewer counts as short
 _MAX_UNSETTLED = 64
 _LOOK_AGAIN_S = 0.05
+_numbers = count()
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,7 @@ class ReplicaLoop:
         self._had_work = False
         self._last_reply_s = 0.0
         self._last_settled_s = 0.0
+        self._workers_number = next(_numbers)
         self._failed_epochs = 0
         self._num_steps = 0  # done in this epoch
         self._unsettled: list[_DoneStep] = []
@@ -92,7 +95,10 @@ class ReplicaLoop:
             except WorkerError as error:
                 logger.warning("replica %d: epoch ended: %s", self.index, error)
                 self.trouble = str(error)
-                self._scheduler.close_replica(self.index)
+                events = self._scheduler.fail_replica(self.index, error.reason, self._workers_number)
+                if any(finished.error for finished in events.finished):  # it was not the workers' fault
+                    self._failed_epochs, self._num_steps = -1, 0
+                self._publish(events, self.index)
                 self.metrics.failovers.value += 1
                 self.metrics.awaits_recovery = True
                 on_requeue()

@@ -79,16 +79,18 @@ class Reporter:
     def _load_of(self, loop: ReplicaLoop) -> pb.ReplicaLoad:
         if loop.index in self._given_up:
             return pb.ReplicaLoad(state=pb.ReplicaLoad.GIVEN_UP, detail=self._given_up[loop.index])
+        num_excused = self._scheduler.num_excused(loop.index)
         if not loop.group.addresses:
             return pb.ReplicaLoad(state=pb.ReplicaLoad.ABSENT)
         if loop.lost_reason is not None:
-            return pb.ReplicaLoad(state=pb.ReplicaLoad.LOST, detail=loop.lost_reason)
+            return pb.ReplicaLoad(state=pb.ReplicaLoad.LOST, detail=loop.lost_reason, num_excused=num_excused)
         has_work = self._scheduler.num_running or self._scheduler.num_waiting
         return pb.ReplicaLoad(
             detail=loop.trouble if loop.trouble and has_work else "",  # work waits, and no step has come back since
             num_free_blocks=self._scheduler.num_free_blocks(loop.index),
             num_blocks=self._deployment.capacities[loop.index].num_blocks,
             num_running=self._scheduler.num_resident(loop.index),
+            num_excused=num_excused,
         )
 
     def metrics_text(self) -> bytes:

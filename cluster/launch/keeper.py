@@ -37,6 +37,7 @@ class Keeper:
         self._engine = engine_pb2_grpc.EngineStub(self._channel)
         self._autoscaler = None if config.min_num_replicas == config.max_num_replicas else Autoscaler(config)
         self._num_silent = 0
+        self._num_excused: dict[int, int] = {}  # by replica: failures that were not its fault, when it failed last
         self._told_waits_s: dict[int, float] = {}  # replicas that wait for room, and when that was told
         self._repairs = Repairs(config, launcher, self._engine, workers, clock)
 
@@ -53,7 +54,7 @@ class Keeper:
                 self._scale(load)
             for part in sorted(broken, key=lambda part: part == SCHEDULER):  # it waits for workers that are started
                 if part not in busy and part not in repairs.jobs and part not in repairs.failures.given_up:
-                    self._begin(part, broken[part])
+                    self._begin(part, broken[part], is_excused=self._is_excused(part, load))
             self._try_again()
             return self._why_over()
 
@@ -117,10 +118,20 @@ class Keeper:
             tell(f"replica {replica} is taken away: {asked}")
             self._repairs.retire(replica)
 
-    def _begin(self, part: Part, reason: str) -> None:
+    def _is_excused(self, part: Part, load: pb.LoadResponse | None) -> bool:
+        """Whether a replica has failed again and requests are to blame for that: they are dealt with, and what is left
+        of the limit is for failures of its own."""
+        role, index = part
+        if role != "worker" or load is None or index >= len(load.replicas):
+            return False
+        num_excused = load.replicas[index].num_excused
+        before, self._num_excused[index] = self._num_excused.get(index, 0), num_excused
+        return num_excused > before
+
+    def _begin(self, part: Part, reason: str, *, is_excused: bool) -> None:
         """`changed` is held."""
         failures = self._repairs.failures
-        if failures.add(part, self._clock()):
+        if not is_excused and failures.add(part, self._clock()):
             self._repairs.give_up(part, reason + failures.how_often())
             return
         tell(f"{reason}; {name_of(part)} is started again")
