@@ -130,7 +130,14 @@ class LocalLauncher:
             child = self._scheduler = ChildProcess(
                 "scheduler", "manta.cluster.engine.main", args, on_end=self._on_death
             )
-        self._scheduler_address = child.wait_for_address(_LOAD_TIMEOUT_S)
+        takes_over = bool(more)  # then it goes on with the replicas that there are
+        self._scheduler_address = child.wait_for_address(_LOAD_TIMEOUT_S, None if takes_over else self._dead_worker)
+
+    def _dead_worker(self) -> str | None:
+        """What the scheduler waits for in vain, when it loads the model on workers one of which has died. It would find
+        out by itself, where it waits for a process to come up only after a minute."""
+        children = [child for replica in self._workers for child in replica]
+        return next((why for child in children if (why := child.ended())), None)
 
     def prepare_frontends(self, config: ServeConfig) -> None:
         with self._lock:

@@ -185,7 +185,18 @@ class RayLauncher:
             actor = self._scheduler = _SCHEDULER.options(num_cpus=0, scheduling_strategy=_here()).remote()
             self._watch(actor, ("scheduler", 0), "the scheduler")
         call = actor.start.remote(config.model_dump_json(), workers, port)
+        if not port:
+            self._wait_for_first(call)
         self._scheduler_address = _get(call, _LOAD_TIMEOUT_S, "the scheduler")
+
+    def _wait_for_first(self, call: Any) -> None:
+        """Returns when the scheduler has loaded the model, or has failed. Raises LaunchError when a worker has died: by
+        itself the scheduler would find out, but only after a minute where it waits for a process to come up."""
+        with self._lock:
+            lifelines = dict(self._lifelines)
+        ended, _ = ray.wait([call, *lifelines], num_returns=1, timeout=_LOAD_TIMEOUT_S)
+        if ended and ended[0] in lifelines:
+            raise LaunchError(_death(ended[0], *lifelines[ended[0]]).reason)
 
     def prepare_frontends(self, config: ServeConfig) -> None:
         for index in range(config.api_server_count):

@@ -17,6 +17,7 @@ from manta.cluster.launch.launcher import LaunchError
 _ADDRESS = "MANTA_ADDRESS "
 _ERROR = "MANTA_ERROR "
 _END_S = 5.0
+_LOOK_S = 0.25
 STOPPED_S = 1.0  # a child that a signal has stopped for so long will not go on by itself
 
 
@@ -58,12 +59,19 @@ class ChildProcess:
     def pid(self) -> int:
         return self._process.pid
 
-    def wait_for_address(self, timeout_s: float) -> str:
-        """The words after MANTA_ADDRESS. Raises LaunchError if the child ends first or takes too long."""
-        try:
-            reply = self._replies.get(timeout=timeout_s)
-        except Empty:
-            raise LaunchError(f"{self.name} did not come up within {timeout_s:.0f} s") from None
+    def wait_for_address(self, timeout_s: float, why_vain: Callable[[], str | None] | None = None) -> str:
+        """The words after MANTA_ADDRESS. Raises LaunchError if the child ends first or takes too long, or when
+        `why_vain` says why it never will, which is asked a few times a second."""
+        deadline_s = time.monotonic() + timeout_s
+        while True:
+            try:
+                reply = self._replies.get(timeout=min(max(deadline_s - time.monotonic(), 0.0), _LOOK_S))
+                break
+            except Empty:
+                if why_vain is not None and (why := why_vain()):
+                    raise LaunchError(why) from None
+                if time.monotonic() >= deadline_s:
+                    raise LaunchError(f"{self.name} did not come up within {timeout_s:.0f} s") from None
         if reply is None:
             self._process.wait(timeout=10)
             raise LaunchError(self._why_ended())

@@ -1,85 +1,43 @@
 """Processes of a running server are killed and stopped: what was accepted ends with the tokens it would have had."""
 
-import json
 import os
 import random
 import signal
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import httpx
 import pytest
 
 from tests.support.server import DEMO_MODEL, ServerProcess, wait_until
+from tests.support.streams import GREEDY, SEEDED, Ended, Streams
 
-QUICK = ("--kv-cache-memory-bytes", "16MiB", "--max-num-seqs", "8", "--port", "0", "--grpc-port", "0")
 LOCAL = (
-    str(DEMO_MODEL),
-    "--distributed-executor-backend",
-    "local",
-    "--dtype",
-    "float32",
-    "--restart-limit",
-    "99",
-    *QUICK,
-)
-GREEDY = {"model": str(DEMO_MODEL), "temperature": 0, "max_tokens": 400, "ignore_eos": True, "stream": True}
-SEEDED = {**GREEDY, "temperature": 1.0, "seed": 5}
-BODIES = [
+    str(DEMO_MODEL), "--distributed-executor-backend", "local", "--dtype", "float32", "--restart-limit", "99",
+    "--kv-cache-memory-bytes", "32MiB", "--max-num-seqs", "16", "--max-num-batched-tokens", "64",
+    "--api-server-count", "2", "--port", "0", "--grpc-port", "0",
+)  # fmt: skip
+WORKER, SCHEDULER, FRONTEND = "workers.main", "engine.main", "doors.main"
+KILL, STOP = signal.SIGKILL, signal.SIGSTOP
+Strike = tuple[str, signal.Signals]
+LONG = "SELECT name FROM users; " * 200
+
+DECODING = [
     *({**GREEDY, "prompt": prompt} for prompt in ("SELECT", "a", "How many users")),
     {**GREEDY, "prompt": "b", "frequency_penalty": 0.5, "logprobs": 2},
     {**SEEDED, "prompt": "c", "n": 2},
-    {**SEEDED, "prompt": "d", "stop": ["zzzzzz"], "repetition_penalty": 1.1},
+    {**SEEDED, "prompt": "d", "repetition_penalty": 1.1},
 ]
+VARIED = {**SEEDED, "prompt": "e", "temperature": 1.5, "frequency_penalty": 1.0, "presence_penalty": 0.5}
 
 
-class Streams:
-    """All bodies at once, each read as a stream."""
-
-    def __init__(self, url: str) -> None:
-        self._url = url
-        self._events: list[list[object]] = [[] for _ in BODIES]
-        self._threads = [threading.Thread(target=self._read, args=(i,)) for i in range(len(BODIES))]
-        for thread in self._threads:
-            thread.start()
-
-    @property
-    def num_events(self) -> int:
-        """Of the slowest stream."""
-        return min(map(len, self._events))
-
-    def result(self) -> list[dict[int, tuple[str, list[float], list[str]]]]:
-        """Per body and completion: its text, its log-probabilities and how it ended."""
-        for thread in self._threads:
-            thread.join(120)
-            assert not thread.is_alive(), "a stream hangs"
-        return [_completions(events) for events in self._events]
-
-    def _read(self, index: int) -> None:
-        url = f"{self._url}/v1/completions"
-        with httpx.stream("POST", url, json=BODIES[index], timeout=100) as response:
-            self._events[index].append(response.status_code)
-            for line in response.iter_lines():
-                if line:
-                    self._events[index].append(line)
-
-
-def _completions(events: list[object]) -> dict[int, tuple[str, list[float], list[str]]]:
-    assert events[0] == 200
-    assert events[-1] == "data: [DONE]"
-    texts: dict[int, str] = {}
-    logprobs: dict[int, list[float]] = {}
-    reasons: dict[int, list[str]] = {}
-    for line in events[1:-1]:
-        event = json.loads(str(line).removeprefix("data: "))
-        assert "error" not in event, event
-        for choice in event["choices"]:
-            index = choice["index"]
-            texts[index] = texts.get(index, "") + choice["text"]
-            logprobs.setdefault(index, []).extend((choice.get("logprobs") or {}).get("token_logprobs") or [])
-            reasons.setdefault(index, []).extend([choice["finish_reason"]] if choice["finish_reason"] else [])
-    return {index: (texts[index], [round(x, 3) for x in logprobs[index]], reasons[index]) for index in texts}
+def _prefilling(salt: str) -> list[dict[str, Any]]:
+    """Prompts of 1,400 tokens; another salt, and none of them is cached."""
+    return [
+        *({**GREEDY, "prompt": f"{number} {LONG}", "max_tokens": 20, "cache_salt": salt} for number in range(3)),
+        {**SEEDED, "prompt": f"c {LONG}", "max_tokens": 20, "n": 2, "cache_salt": salt},
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -90,59 +48,135 @@ def server() -> Iterator[ServerProcess]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(server: ServerProcess) -> list[dict[int, tuple[str, list[float], list[str]]]]:
-    return Streams(server.url).result()
+def decoding(server: ServerProcess) -> list[dict[str, Any]]:
+    """Also with a stop string that comes late in the text that it ends."""
+    text = Streams(server.url, [VARIED]).result()[0][0][0]
+    stop = text[-40:-20]
+    assert text.index(stop) > len(text) // 2
+    return [*DECODING, {**VARIED, "stop": [stop]}]
 
 
-def _strike(server: ServerProcess, module: str, number: signal.Signals) -> None:
-    pids = [pid for pid, command in server.processes().items() if module in command]
-    os.kill(random.Random(0).choice(pids), number)
+@pytest.fixture(scope="module")
+def decoded(server: ServerProcess, decoding: list[dict[str, Any]]) -> list[dict[int, Ended]]:
+    """Undisturbed."""
+    results = Streams(server.url, decoding).result()
+    assert results[-1][0][2] == ["stop"]
+    return results
+
+
+@pytest.fixture(scope="module")
+def prefilled(server: ServerProcess) -> list[dict[int, Ended]]:
+    return Streams(server.url, _prefilling("undisturbed")).result()
+
+
+def _pids(server: ServerProcess, module: str) -> list[int]:
+    return [pid for pid, command in server.processes().items() if module in command]
+
+
+def _strike(server: ServerProcess, strikes: list[Strike], rng: random.Random) -> None:
+    for module, number in strikes:
+        os.kill(rng.choice(_pids(server, module)), number)
+
+
+def _is_ready(server: ServerProcess) -> bool:
+    return bool(httpx.get(f"{server.url}/ready").status_code == 200)
 
 
 @pytest.mark.parametrize(
     "strikes",
-    [
-        [("workers.main", signal.SIGKILL)],
-        [("engine.main", signal.SIGKILL)],
-        [("engine.main", signal.SIGKILL), ("workers.main", signal.SIGKILL)],
-        [("workers.main", signal.SIGSTOP)],
-    ],
-    ids=["worker killed", "scheduler killed", "both killed", "worker stopped"],
+    [[(WORKER, KILL)], [(SCHEDULER, KILL)], [(WORKER, STOP)], [(SCHEDULER, KILL), (WORKER, KILL)]],
+    ids=["worker killed", "scheduler killed", "worker stopped", "both killed"],
 )
 def test_streams_go_on(
-    strikes: list[tuple[str, signal.Signals]],
+    strikes: list[Strike],
     server: ServerProcess,
-    undisturbed: list[dict[int, tuple[str, list[float], list[str]]]],
+    decoding: list[dict[str, Any]],
+    decoded: list[dict[int, Ended]],
 ) -> None:
-    streams = Streams(server.url)
+    streams = Streams(server.url, decoding)
     wait_until(lambda: streams.num_events > 10, 30, "tokens of every stream")
-    for module, number in strikes:
-        _strike(server, module, number)
-    assert streams.result() == undisturbed
+    _strike(server, strikes, random.Random(0))
+    assert streams.result() == decoded
     assert httpx.get(f"{server.url}/health").status_code == 200
 
 
-def test_a_frontend_comes_back_on_its_ports(server: ServerProcess) -> None:
-    _strike(server, "doors.main", signal.SIGKILL)
+@pytest.mark.parametrize("seed", range(2))
+def test_two_at_once(
+    seed: int, server: ServerProcess, decoding: list[dict[str, Any]], decoded: list[dict[int, Ended]]
+) -> None:
+    """Which, when, and in the midst of what the first one brings about."""
+    rng = random.Random(seed)
+    strikes: list[Strike] = rng.sample([(WORKER, KILL), (WORKER, STOP), (SCHEDULER, KILL), (SCHEDULER, STOP)], 2)
+    print(f"seed {seed}: {strikes}")
+    streams = Streams(server.url, decoding)
+    wait_until(lambda: streams.most_events > rng.randint(1, 200), 30, "tokens")
+    for strike in strikes:
+        wait_until(lambda module=strike[0]: _pids(server, module), 10, "somebody to strike")  # type: ignore[misc]
+        _strike(server, [strike], rng)
+        time.sleep(rng.uniform(0, 1.5))  # not a wait for something: the moment is the test
+    assert streams.result() == decoded
 
-    def is_up() -> bool:
-        try:
-            return httpx.get(f"{server.url}/health", timeout=5).status_code == 200
-        except httpx.TransportError:
-            return False
 
-    wait_until(lambda: not is_up(), 10, "its end")
-    wait_until(is_up, 60, "its return")
-    body = {"model": str(DEMO_MODEL), "prompt": "a", "max_tokens": 5}
-    assert httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).status_code == 200
+@pytest.mark.parametrize("strike", [(WORKER, KILL), (SCHEDULER, KILL)], ids=["worker", "scheduler"])
+def test_killed_while_prompts_are_computed(
+    strike: Strike, server: ServerProcess, prefilled: list[dict[int, Ended]]
+) -> None:
+    wait_until(lambda: _is_ready(server), 30, "it is ready")
+    streams = Streams(server.url, _prefilling(strike[0]))
+    wait_until(lambda: httpx.get(f"{server.url}/load").json()["num_running"] >= 2, 30, "prompts are computed")
+    _strike(server, [strike], random.Random(0))
+    assert streams.most_events == 0
+    assert streams.result() == prefilled
+
+
+def test_killed_while_the_model_is_loaded_again(
+    server: ServerProcess, decoding: list[dict[str, Any]], decoded: list[dict[int, Ended]]
+) -> None:
+    wait_until(lambda: _is_ready(server), 30, "it is ready")
+    streams = Streams(server.url, decoding)
+    wait_until(lambda: streams.num_events > 10, 30, "tokens of every stream")
+    for delay_s in (0.0, 0.8):
+        old = _pids(server, WORKER)
+        _strike(server, [(WORKER, KILL)], random.Random(0))
+        wait_until(lambda old=old: set(_pids(server, WORKER)) - set(old), 30, "a new worker")  # type: ignore[misc]
+        time.sleep(delay_s)  # not a wait for something: the moment is the test
+    _strike(server, [(WORKER, KILL)], random.Random(0))
+    assert streams.result() == decoded
+
+
+def test_a_frontend_comes_back_on_its_ports(
+    server: ServerProcess, decoding: list[dict[str, Any]], decoded: list[dict[int, Ended]]
+) -> None:
+    """What ran through the other one goes on."""
+    wait_until(lambda: _is_ready(server), 30, "it is ready")
+    streams = Streams(server.url, decoding)
+    wait_until(lambda: streams.num_events > 10, 30, "tokens of every stream")
+    old = _pids(server, FRONTEND)
+    _strike(server, [(FRONTEND, KILL)], random.Random(0))
+    for ended, expected in zip(streams.result_of_unbroken(), decoded, strict=True):
+        assert ended in (None, expected)
+    wait_until(lambda: "frontend 0 serves again" in server.output or "frontend 1 serves" in server.output, 60, "a new")
+    assert set(_pids(server, FRONTEND)) - set(old)
+    wait_until(lambda: httpx.get(f"{server.url}/load").json()["num_running"] == 0, 10, "its requests are aborted")
+    assert Streams(server.url, decoding).result() == decoded
 
 
 def test_what_waits_while_nothing_serves_is_answered(server: ServerProcess) -> None:
     """Requests that come after the loss are taken, and /ready says that they have to wait."""
-    _strike(server, "workers.main", signal.SIGKILL)
-    wait_until(lambda: httpx.get(f"{server.url}/ready").status_code == 503, 10, "ready turns")
-    started_s = time.monotonic()
+    wait_until(lambda: _is_ready(server), 30, "it is ready")
+    _strike(server, [(WORKER, KILL)], random.Random(0))
+    wait_until(lambda: not _is_ready(server), 10, "ready turns")
     body = {"model": str(DEMO_MODEL), "prompt": "a", "max_tokens": 5}
-    answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
-    assert answer.status_code == 200
-    assert time.monotonic() - started_s < 50
+    assert httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "moment", [lambda server: True, lambda server: bool(_pids(server, SCHEDULER))], ids=["early", "while it loads"]
+)
+def test_killed_at_the_first_start(moment: Callable[[ServerProcess], bool]) -> None:
+    """Nothing has been accepted: the command ends, says who died, and leaves nothing."""
+    with ServerProcess(*LOCAL) as server:
+        wait_until(lambda: _pids(server, WORKER) and moment(server), 60, "a worker")
+        _strike(server, [(WORKER, KILL)], random.Random(0))
+        assert server.wait(60) != 0
+        assert "killed by SIGKILL" in server.output or "does not answer" in server.output
