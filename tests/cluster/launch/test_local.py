@@ -45,7 +45,7 @@ def visible(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
         def __init__(self, name: str, module: str, args: list[str], env: dict[str, str], **_: Any) -> None:
             started.append(env.get("CUDA_VISIBLE_DEVICES"))
 
-        def wait_for_address(self, timeout_s: float) -> str:
+        def wait_for_address(self, timeout_s: float, why_vain: Any = None) -> str:
             return "here:1"
 
     monkeypatch.setattr(local, "ChildProcess", Child)
@@ -79,7 +79,7 @@ def test_only_frontends_get_the_keys_and_in_no_words_of_a_command(monkeypatch: p
         ) -> None:
             started.append((name, args, env))
 
-        def wait_for_address(self, timeout_s: float) -> str:
+        def wait_for_address(self, timeout_s: float, why_vain: Any = None) -> str:
             return "here:1"
 
     monkeypatch.setattr(local, "ChildProcess", Child)
@@ -104,7 +104,7 @@ def test_a_worker_that_stands_by_takes_the_place_of_one_that_died(monkeypatch: p
             self.name, self.args, self.env, self.told, self.is_dead = name, args, env, "", False
             children.append(self)
 
-        def wait_for_address(self, timeout_s: float) -> str:
+        def wait_for_address(self, timeout_s: float, why_vain: Any = None) -> str:
             return self.name
 
         def tell(self, line: str) -> None:
