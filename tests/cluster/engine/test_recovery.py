@@ -65,6 +65,9 @@ def test_workers_are_replaced_while_the_replica_still_serves() -> None:
             await under_way(deployment, 8)
             deployment.workers[1][0].stalled = True
             await deployment.replace(1)
+            for rank, worker in enumerate(deployment.workers[1]):  # each rank may ask another one for the model
+                assert worker.load is not None
+                assert list(worker.load.peers) == [deployment.servers[0][rank].address]
             assert len((await deployment.client.load()).replicas) == 2
             for i, (tokens, _) in enumerate(await asyncio.gather(*running)):
                 assert tokens == fake_tokens([i], 60, seed=i)
