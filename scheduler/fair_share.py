@@ -5,9 +5,10 @@ request would wait for the steps that are planned, for a slot of those whose que
 prompts. While a light tenant (tenants.py) is there, therefore
 
     its prompts come first in a step, as much as the step holds, and no others beside them beyond the step's target;
-    a step of others is about as long as computing half a prompt of the light one takes, the target, and the next one
+    a step of others is somewhat shorter than computing a prompt of the light one, the target, and the next one
     is planned when it is answered: what is sent cannot be taken back;
-    the last slots and blocks are for light tenants, and if these are gone, who was admitted last gives up its place.
+    the last blocks are for light tenants, as the last slots are at all times, and if blocks are gone, who was admitted
+    last gives up its place.
 
 Among tenants that are not light, prompts of those with less running are computed first, but for a part of the budget,
 which keeps those of the others moving.
@@ -24,7 +25,7 @@ _KEPT_SHARE = 4  # such a part of the budget goes to prompts of other tenants, i
 _KEPT_ROOM_SHARE = 32  # such a part of slots and blocks is for light tenants
 _MAX_ROOM_SHARE = 8  # and at most such a part, however few there are; more is not taken from others
 _TARGET_SHARE = 0.7  # of a light tenant's prompt: so long is a step of others
-_MIN_TARGET = 256  # tokens: shorter steps would mostly be their fixed costs
+_MIN_TARGET_SHARE = 8  # such a part of the budget at least: shorter steps would mostly be what a step costs anyway
 
 
 class FairShare:
@@ -42,13 +43,12 @@ class FairShare:
         """A plan begins: who is light, and is anybody?"""
         meter, capacity = self._meter, self._replica.capacity
         meter.classify()
+        self._num_kept_slots = _part(capacity.max_num_seqs, 1) if len(meter.service) > 1 else 0
         if meter.light_prompt is None:
-            self._target = None
-            self._num_kept_slots = self._num_kept_blocks = 0
+            self._target, self._num_kept_blocks = None, 0
             return
-        target = max(int(meter.light_prompt * _TARGET_SHARE), _MIN_TARGET)
+        target = max(int(meter.light_prompt * _TARGET_SHARE), capacity.max_num_batched_tokens // _MIN_TARGET_SHARE)
         self._target = min(target, capacity.max_num_batched_tokens)
-        self._num_kept_slots = _part(capacity.max_num_seqs, 1)
         self._num_kept_blocks = _part(capacity.num_blocks, blocks_for(2 * int(meter.light_prompt), capacity.block_size))
 
     def waits(self) -> bool:
@@ -64,8 +64,9 @@ class FairShare:
             return budget
         num_light = sum(prefill.num_tokens for prefill in draft.prefills.values())
         is_alone = not num_light and not self._num_in_flight()
+        least = max(self._target // _KEPT_SHARE, draft.num_decodes)  # less would mostly be what decoding costs
         room = self._target - self._num_in_flight() - draft.num_decodes - num_light
-        return min(budget, max(room, self._target // _KEPT_SHARE if is_alone else 0))
+        return min(budget, max(room, least if is_alone else 0))
 
     def _num_in_flight(self) -> int:
         """Tokens that the next step of a lane waits for."""
