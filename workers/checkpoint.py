@@ -1,16 +1,18 @@
 """Reads safetensors checkpoints, one file or many with an index, part of a tensor at a time."""
 
 import json
-from contextlib import ExitStack
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from manta.configs.weights import WeightError
+from manta.workers.checkpoint_files import Files, LocalFiles, Part, TensorFile
 from manta.workers.read_ahead import Extent
+from manta.workers.safetensors_header import Entry
 
 INDEX_NAME = "model.safetensors.index.json"
 _PREFIX = "model."
@@ -22,13 +24,15 @@ class Checkpoint:
     Of a model saved without its head, whose tensors lack the prefix `model.`, they have it here all the same.
     """
 
-    def __init__(self, folder: Path) -> None:
-        """Raises WeightError if the folder has no safetensors weights, or not the files its index names."""
-        self.folder = folder
-        self._stack = ExitStack()
-        self._open: dict[str, Any] = {}
-        self._offsets: dict[str, dict[str, tuple[int, int]]] = {}
-        found = self._read_index() if (folder / INDEX_NAME).is_file() else self._read_headers()
+    def __init__(self, files: Path | Files) -> None:
+        """files: a folder, or what stands for one. Raises WeightError if it has no safetensors weights, or not the
+        files its index names."""
+        self._files: Files = LocalFiles(files) if isinstance(files, Path) else files
+        self.folder = self._files.folder
+        self.is_local = self._files.is_local
+        self._open: dict[str, TensorFile] = {}
+        self._headers: dict[str, Mapping[str, Entry]] = {}
+        found = self._read_index() if (self.folder / INDEX_NAME).is_file() else self._read_headers()
         has_prefix = any(name.startswith(_PREFIX) for name in found)
         self._stored = {name if has_prefix or name == "lm_head.weight" else _PREFIX + name: name for name in found}
         self.file_of = {name: found[stored] for name, stored in self._stored.items()}
@@ -39,13 +43,13 @@ class Checkpoint:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._stack.close()
+        self._files.close()
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of the whole tensor."""
         return tuple(self._slice(name).get_shape())
 
-    def read(self, name: str, part: tuple[slice, ...]) -> Tensor:
+    def read(self, name: str, part: Part) -> Tensor:
         """One slice per axis of a tensor; only that part is read."""
         tensor: Tensor = self._slice(name)[part]
         return tensor
@@ -53,12 +57,17 @@ class Checkpoint:
     def extent(self, name: str) -> Extent:
         """Where the tensor's bytes lie."""
         file = self.file_of[name]
-        if file not in self._offsets:
-            self._offsets[file] = _read_offsets(self.folder / file)
+        if file not in self._headers:
+            self._headers[file] = self._files.header(file)
         try:
-            return Extent(self.folder / file, *self._offsets[file][self._stored[name]])
+            entry = self._headers[file][self._stored[name]]
+            return Extent(self.folder / file, entry.begin, entry.end)
         except KeyError:
             raise WeightError(f"tensor {name!r} is not in {self.folder / file}, where the index has it") from None
+
+    def expect(self, parts: Mapping[str, Part]) -> None:
+        """These parts will be read, in this order."""
+        self._files.expect([(self.file_of[name], self._stored[name], part) for name, part in parts.items()])
 
     def _slice(self, name: str) -> Any:
         file = self.file_of[name]
@@ -67,12 +76,9 @@ class Checkpoint:
         except SafetensorError as error:
             raise WeightError(f"tensor {name!r} cannot be read from {self.folder / file}: {error}") from error
 
-    def _file(self, file: str) -> Any:
+    def _file(self, file: str) -> TensorFile:
         if file not in self._open:
-            try:
-                self._open[file] = self._stack.enter_context(safe_open(self.folder / file, framework="pt"))
-            except (OSError, SafetensorError) as error:
-                raise WeightError(f"{self.folder / file} cannot be read as safetensors: {error}") from error
+            self._open[file] = self._files.open(file)
         return self._open[file]
 
     def _read_index(self) -> dict[str, str]:
@@ -82,32 +88,14 @@ class Checkpoint:
         except (ValueError, KeyError, TypeError) as error:
             raise WeightError(f"{path} is not an index of safetensors files: {error!r}") from error
         for file in sorted(set(file_of.values())):
-            if not (self.folder / file).is_file():
+            if not self._files.has(file):
                 raise WeightError(f"{path} names {file!r}, which is not in the folder: the download is incomplete")
         return file_of
 
     def _read_headers(self) -> dict[str, str]:
-        files = sorted(path.name for path in self.folder.glob("*.safetensors"))
+        files = self._files.names()
         if "model.safetensors" in files:
             files = ["model.safetensors"]
         if not files:
             raise WeightError(f"{self.folder} has no *.safetensors weights; other formats are not read")
         return {name: file for file in files for name in self._file(file).keys()}  # noqa: SIM118 (not a dict)
-
-
-def _read_offsets(path: Path) -> dict[str, tuple[int, int]]:
-    """Where each tensor begins and ends: 8 bytes of the header's length, the header (JSON), then the tensors."""
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > path.stat().st_size:
-                raise ValueError("it has no header")
-            header = json.loads(file.read(length))
-        begin = 8 + length
-        return {
-            name: (begin + entry["data_offsets"][0], begin + entry["data_offsets"][1])
-            for name, entry in header.items()
-            if name != "__metadata__"
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise WeightError(f"{path} cannot be read as safetensors: {error}") from error

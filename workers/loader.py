@@ -1,45 +1,26 @@
-"""Finds a model folder and fills a rank's model from it."""
+"""Fills a rank's model from a checkpoint."""
 
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
 
-from manta.configs.model import ModelError, ModelSpec
+from manta.configs.model import ModelSpec
 from manta.configs.weights import WeightError, WeightSlice, weight_names, weight_slice
 from manta.workers.checkpoint import Checkpoint
+from manta.workers.checkpoint_files import Files
 from manta.workers.dummy_weights import random_weight
 from manta.workers.formats import Format
 from manta.workers.fp8_checkpoint import ScaledCheckpoint
 from manta.workers.fp8_weights import read_weight, set_kv_scales
 from manta.workers.mesh import Mesh
 from manta.workers.models.decoder import CausalLM
-from manta.workers.read_order import in_disk_order
+from manta.workers.read_order import disk_order, in_disk_order
 from manta.workers.staging import Stager
-
-_DOWNLOADED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
-
-
-def resolve_model_folder(model: str) -> Path:
-    """A local folder as it is, a hub id through the hub's cache. Raises ModelError if it cannot be had."""
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return folder
-    if model.startswith(("/", ".", "~")) or model.count("/") > 1:
-        raise ModelError(f"model folder {model!r} does not exist")
-    try:
-        return Path(snapshot_download(model, allow_patterns=_DOWNLOADED))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(
-            f"model {model!r} is neither a local folder nor could it be fetched from the Hugging Face hub: {reason}"
-        ) from error
 
 
 def load_model(
-    folder: Path,
+    source: Path | Files,
     spec: ModelSpec,
     mesh: Mesh,
     dtype: torch.dtype,
@@ -63,12 +44,13 @@ def load_model(
             whole = random_weight(name, part.shape, dtype, seed, mesh.device)
             _place(stager, parameters, part, whole[part.source])
     else:
-        with Checkpoint(folder) as files:
+        with Checkpoint(source) as files:
             checkpoint = ScaledCheckpoint(files, spec.quantization)
             _check_names(checkpoint, spec)
             for name, part in slices.items():
                 _check_shape(checkpoint, name, part.shape)
-            for name in in_disk_order(files, slices, ahead=mesh.device.type == "cuda"):
+            files.expect({name: slices[name].source for name in disk_order(files, slices)})
+            for name in in_disk_order(files, slices, ahead=files.is_local and mesh.device.type == "cuda"):
                 part = slices[name]
                 _place(stager, parameters, part, read_weight(checkpoint, parameters, name, part, dtype))
             set_kv_scales(model, checkpoint.kv_scales())

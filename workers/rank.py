@@ -3,8 +3,10 @@
 import gc
 import logging
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,11 +17,13 @@ from manta.configs.schema import ServeConfig
 from manta.configs.weights import weight_bytes
 from manta.kernels import ops
 from manta.workers.assembly import assemble, max_model_len
+from manta.workers.checkpoint_files import Files
 from manta.workers.gpu_memory import CudaMeter, GpuMemory
 from manta.workers.host_cores import num_cores
 from manta.workers.host_memory import available_memory_bytes
-from manta.workers.loader import load_model, resolve_model_folder
+from manta.workers.loader import load_model
 from manta.workers.mesh import Mesh, connect_mesh
+from manta.workers.model_source import open_model
 from manta.workers.models.decoder import CausalLM, allocate_kv_cache
 from manta.workers.options import set_up
 from manta.workers.runner import Runner
@@ -62,6 +66,7 @@ class LoadedRank:
     load_s: float
     profile_s: float
     gpu_memory: GpuMemory | None  # of a rank on a GPU
+    folder: Path | None = None  # of the model's files, if this host has them
 
     def start(self, num_blocks: int) -> Runner:
         """Allocates the KV blocks and runs the model once in each shape of step. Every rank calls it. Raises
@@ -76,24 +81,29 @@ class LoadedRank:
         return runner
 
 
-def load_rank(config: ServeConfig, placement: Placement) -> LoadedRank:
-    """Joins the replica's ranks, loads this rank's weights, finds out how many KV blocks fit.
+def load_rank(config: ServeConfig, placement: Placement, peers: Sequence[str] = ()) -> LoadedRank:
+    """Joins the replica's ranks, loads this rank's weights, finds out how many KV blocks fit. peers: workers to ask for
+    the model's files if this host lacks them.
 
     Raises PlacementError, ModelError, WeightError, MeshError, CapacityError.
     """
     _check(config, placement)
+    with open_model(config.model, peers) as files:
+        return _load(config, placement, files)
+
+
+def _load(config: ServeConfig, placement: Placement, files: Files) -> LoadedRank:
     started_s = time.perf_counter()
     torch.set_num_threads(max(1, num_cores() // placement.num_workers_on_host))
     device = pick_device(config.device)
-    folder = resolve_model_folder(config.model)
-    spec = read_model_spec(folder)
+    spec = read_model_spec(files.folder)
     dtype: torch.dtype = getattr(torch, spec.dtype if config.dtype == "auto" else config.dtype)
     memory = GpuMemory(config, CudaMeter(device)) if device.type == "cuda" else None
     with _during(memory, "connecting to the other ranks"):
         mesh = _connect(config, placement, device)
     with _during(memory, "loading the weights"):
         format = set_up(config, spec, dtype, device)
-        model = load_model(folder, spec, mesh, dtype, load_format=config.load_format, seed=config.seed, format=format)
+        model = load_model(files, spec, mesh, dtype, load_format=config.load_format, seed=config.seed, format=format)
     loaded_s = time.perf_counter()
     kv = KVSize.of(allocate_kv_cache(model, 1, config.block_size, format.kv_dtype, device), config.block_size)
     if memory is None:
@@ -113,6 +123,7 @@ def load_rank(config: ServeConfig, placement: Placement) -> LoadedRank:
         load_s=loaded_s - started_s,
         profile_s=time.perf_counter() - loaded_s,
         gpu_memory=memory,
+        folder=files.folder if files.is_local else None,
     )
     logger.info("%d KV blocks fit beside %.1f MiB of weights", num_blocks, rank.weight_bytes / 2**20)
     return rank

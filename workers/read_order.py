@@ -46,8 +46,8 @@ def in_disk_order(checkpoint: Checkpoint, names: Collection[str], *, ahead: bool
     Tensors count with all their bytes, also those of which a rank reads a part. `ahead`: whether threads fetch what
     comes next, which is quicker only where there are cores for them.
     """
-    extents = {name: checkpoint.extent(name) for name in names}
-    ordered = sorted(names, key=extents.__getitem__)
+    ordered = disk_order(checkpoint, names)
+    extents = {name: checkpoint.extent(name) for name in ordered}
     progress = Progress(sum(extent.end - extent.begin for extent in extents.values()))
     with ReadAhead([extents[name] for name in ordered] if ahead else []) as fetching:
         for name in ordered:
@@ -56,6 +56,11 @@ def in_disk_order(checkpoint: Checkpoint, names: Collection[str], *, ahead: bool
             fetching.advance(num_bytes)
             progress.add(num_bytes)
     progress.finish()
+
+
+def disk_order(checkpoint: Checkpoint, names: Collection[str]) -> list[str]:
+    """File by file, as their bytes lie."""
+    return sorted(names, key=checkpoint.extent)
 
 
 def _gib(num_bytes: float) -> str:

@@ -6,8 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 
+from manta.protos.model_files_pb2_grpc import add_ModelFilesServicer_to_server
 from manta.protos.worker_pb2_grpc import add_WorkerServicer_to_server
 from manta.workers.lease import LEASE_S, Lease
+from manta.workers.model_files import ModelFilesService
 from manta.workers.service import WorkerService
 from manta.workers.standby import import_all
 
@@ -53,6 +55,7 @@ class WorkerServer:
             ThreadPoolExecutor(NUM_CALL_THREADS, thread_name_prefix="call"), options=SERVER_OPTIONS
         )
         add_WorkerServicer_to_server(self._service, self._server)
+        add_ModelFilesServicer_to_server(ModelFilesService(self._service.model_folder), self._server)
 
     def start(self) -> str:
         """Listens and returns "host:port". Raises RuntimeError if the port is taken.

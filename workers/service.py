@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
@@ -153,6 +154,10 @@ class WorkerService(WorkerServicer):
             while (answer := answers.get()) is not None:
                 yield answer()
 
+    def model_folder(self) -> Path | None:
+        """Where the loaded model's files are, if this host has them."""
+        return self._loaded.folder if self._loaded is not None else None
+
     def close(self) -> None:
         """Ends the links, and the compute thread after what it is doing."""
         self._lease.end()
@@ -180,7 +185,7 @@ class WorkerService(WorkerServicer):
                 rendezvous_port=request.rendezvous_port,
                 store=self._store[0] if self._store else None,
             )
-            self._loaded = self._compute.call(partial(load_rank, config, placement))
+            self._loaded = self._compute.call(partial(load_rank, config, placement, tuple(request.peers)))
         except Exception:
             self._request = None  # the caller may mend its request and try again
             raise

@@ -202,9 +202,14 @@ async def describe_ranks(group: WorkerGroup, *, are_up: bool = False) -> list[pb
 
 
 async def load_ranks(
-    config: ServeConfig, group: WorkerGroup, described: list[pb.DescribeResponse], ranks_on_host: Counter[str]
+    config: ServeConfig,
+    group: WorkerGroup,
+    described: list[pb.DescribeResponse],
+    ranks_on_host: Counter[str],
+    others: Sequence[Sequence[str]] = (),
 ) -> list[pb.LoadResponse]:
-    """Each rank its part of the weights, all at once. Raises WorkerError."""
+    """Each rank its part of the weights, all at once. others: addresses by replica and rank of workers that may have
+    loaded already, to be asked where a host lacks the model's files. Raises WorkerError."""
     config_json = config.model_dump_json()
 
     async def load(rank: int) -> pb.LoadResponse:
@@ -216,6 +221,7 @@ async def load_ranks(
             num_workers_on_host=ranks_on_host[group.addresses[rank].rpartition(":")[0]],
             rendezvous_host=described[0].host,
             rendezvous_port=described[0].rendezvous_port,
+            peers=[replica[rank] for replica in others if replica],  # each rank another one
         )
         response: pb.LoadResponse = await group.stubs[rank].Load(request)
         return response

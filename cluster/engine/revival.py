@@ -40,7 +40,7 @@ async def replace_workers(config: ServeConfig, deployment: Deployment, replica: 
         others = [other.addresses for index, other in enumerate(deployment.groups) if index != replica]
         hosts = count_ranks(config, [*others, group.addresses])
         async with waited_for([group]):
-            loaded = await load_ranks(config, group, described, hosts)
+            loaded = await load_ranks(config, group, described, hosts, others)
         needed = deployment.capacities[replica].num_blocks
         offered = agree_on_blocks(config, [response.num_blocks for response in loaded])
         if offered < _FEWER_BLOCKS * needed:
@@ -66,7 +66,7 @@ async def find_workers(config: ServeConfig, spec: ModelSpec, addresses: list[lis
     groups = [WorkerGroup(replica, output_rank) for replica in addresses]
     described = await asyncio.gather(*(describe_ranks(group, are_up=True) for group in groups), return_exceptions=True)
     hosts = count_ranks(config, addresses)
-    reviving = [_find(config, group, ranks, hosts) for group, ranks in zip(groups, described, strict=True)]
+    reviving = [_find(config, groups, i, ranks, hosts) for i, ranks in enumerate(described)]
     async with waited_for(groups):
         found = await _outcomes(reviving, groups)
     lost, loaded = {}, {}
@@ -126,7 +126,8 @@ async def _outcomes(
 
 async def _find(
     config: ServeConfig,
-    group: WorkerGroup,
+    groups: Sequence[WorkerGroup],
+    replica: int,
     described: "list[pb.DescribeResponse] | BaseException",
     hosts: "Counter[str]",
 ) -> list[pb.LoadResponse]:
@@ -134,7 +135,9 @@ async def _find(
         raise described
     if not described:
         return []
-    loaded = await load_ranks(config, group, described, hosts)
+    group = groups[replica]
+    others = [other.addresses for other in groups if other is not group]
+    loaded = await load_ranks(config, group, described, hosts, others)
     num_blocks = agree_on_blocks(config, [rank.num_blocks for rank in loaded])
     try:
         async with asyncio.timeout(_START_TIMEOUT_S):

@@ -12,8 +12,9 @@ from torch import Tensor
 from manta.configs.model import ModelError, ModelSpec, read_model_spec
 from manta.configs.weights import WeightError, stage_layers, weight_names, weight_slice
 from manta.workers.checkpoint import INDEX_NAME, Checkpoint
-from manta.workers.loader import load_model, resolve_model_folder
+from manta.workers.loader import load_model
 from manta.workers.mesh import Mesh
+from manta.workers.model_source import resolve_model_folder
 from tests.support.checkpoints import make_checkpoint
 
 CPU = torch.device("cpu")
