@@ -61,6 +61,11 @@ class Moves:
             replica.starved.pop(sequence.slot, None)
         self._wishes.append(Wish(replica.index, frozen, target))
 
+    def has_others(self, source: int) -> bool:
+        """Whether there is a replica that could take what another one has."""
+        others = (each for each in self._replicas if each.index != source and each.index not in self._closed)
+        return any(each.accepts for each in others)
+
     def evacuate(self, source: int) -> None:
         """The replica is about to go: it takes no new requests, and what it has moves away, a few at a time."""
         replica = self._replicas[source]

@@ -11,17 +11,18 @@ from manta.cluster.engine.bringup import BringUpError, Deployment
 from manta.cluster.engine.frontend import MAX_PENDING_BYTES, Frontend
 from manta.cluster.engine.grammars import GrammarGate
 from manta.cluster.engine.metrics import ReplicaMetrics
+from manta.cluster.engine.mover import Mover
 from manta.cluster.engine.publisher import Publisher
 from manta.cluster.engine.replica import Deadlines, ReplicaLoop
 from manta.cluster.engine.report import Reporter
-from manta.cluster.engine.revival import replace_workers
+from manta.cluster.engine.revival import meet_again, replace_workers
 from manta.cluster.engine.workers import WorkerError, WorkerGroup
 from manta.configs.model import ModelSpec
 from manta.configs.schema import ServeConfig
 from manta.configs.tenant_weights import read_weights
 from manta.protos import engine_pb2 as pb
 from manta.scheduler.scheduler import Scheduler
-from manta.scheduler.types import QueueFullError
+from manta.scheduler.types import Events, QueueFullError
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +63,7 @@ class Engine:
         self._publisher = Publisher(self._metrics, max_pending_bytes=max_pending_bytes)
         self._deadlines = deadlines or Deadlines()
         self._replaces_workers = replaces_workers
+        self._mover = Mover(self.scheduler, deployment, self._wake, lambda index, error: self._loops[index].fail(error))
         self._loops = [self._new_loop(index) for index in range(len(deployment.groups))]
         for index, loop in enumerate(self._loops):
             loop.lost_reason = deployment.lost.get(index) if loop.group.addresses else _ABSENT
@@ -100,6 +102,8 @@ class Engine:
 
     async def retire(self, index: int) -> None:
         """The replica is not needed: what it has goes to others. Raises IndexError if there is no such one."""
+        if self._loops[index].lost_reason is None:
+            await self._mover.evacuate(index)
         await self._end_loop(self._loops[index], _ABSENT)
         group = self.deployment.groups[index]
         self.deployment.groups[index] = WorkerGroup([], group.output_rank)
@@ -130,7 +134,13 @@ class Engine:
 
     def _new_loop(self, index: int) -> ReplicaLoop:
         group, metrics = self.deployment.groups[index], self._metrics[index]
-        return ReplicaLoop(index, group, self.scheduler, metrics, self._publisher.publish, self._deadlines)
+        meter = self._mover.meter
+        return ReplicaLoop(index, group, self.scheduler, metrics, self._publish, self._deadlines, meter.observe_step)
+
+    def _publish(self, events: Events, index: int) -> None:
+        """What a step of a replica, or a plan, has brought."""
+        self._publisher.publish(events, index)
+        self._mover.look(index)
 
     async def stop(self) -> None:
         """Ends the step loops and the channels; open requests end with an error, and new ones are refused."""
@@ -138,6 +148,7 @@ class Engine:
         for task in self._tasks.values():
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        await self._mover.close()
         await self._grammars.close()
         self._publisher.fail_all("the engine is shutting down")
         await self.deployment.close()
@@ -273,7 +284,7 @@ class Engine:
     async def _serve(self, loop: ReplicaLoop) -> None:
         """One replica's life."""
         try:
-            await loop.run(on_requeue=self._wake)
+            await loop.run(self._wake, partial(meet_again, self.config, self.deployment, loop.index))
         except Exception as error:
             logger.exception("the step loop of replica %d failed", loop.index)
             self._give_up_all(f"internal error: {error!r}")

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from itertools import count
 
@@ -39,6 +39,7 @@ class Deadlines:
 class _SentStep:
     step: int
     num_tokens: int
+    num_decodes: int
     num_bytes: int
     sent_s: float
     follows_work: bool  # the replica had work before this step: its idle time counts
@@ -63,7 +64,9 @@ class ReplicaLoop:
         metrics: ReplicaMetrics,
         publish: Callable[[Events, int], None],
         deadlines: Deadlines,
+        observe: Callable[[int, int, float], None] = lambda *_: None,
     ) -> None:
+        """observe: told of every step how many tokens of prompts and decode rows it had, and the device's seconds."""
         self.index = index
         self.group = group
         self.metrics = metrics
@@ -72,6 +75,8 @@ class ReplicaLoop:
         self._scheduler = scheduler
         self._publish = publish
         self._deadlines = deadlines
+        self._observe = observe
+        self._failure: asyncio.Future[None] | None = None  # of the epoch: what others found to be wrong with it
         self._in_flight: deque[_SentStep] = deque()
         self._wake = asyncio.Event()
         self._had_work = False
@@ -86,9 +91,15 @@ class ReplicaLoop:
         """There may be something to plan."""
         self._wake.set()
 
-    async def run(self, on_requeue: Callable[[], None]) -> None:
+    def fail(self, error: WorkerError) -> None:
+        """Ends the epoch: somebody else has found that a rank cannot be reached."""
+        if self._failure is not None and not self._failure.done():
+            self._failure.set_exception(error)
+
+    async def run(self, on_requeue: Callable[[], None], meet_again: Callable[[], Awaitable[None]]) -> None:
         """Serves epoch after epoch; `on_requeue` is called when sequences of this replica are back in the queue, where
-        other replicas can take them, and when these wait for what this one leaves."""
+        other replicas can take them, and when these wait for what this one leaves. `meet_again` brings ranks together
+        that are out of step; raises WorkerError."""
         while self.lost_reason is None:
             try:
                 await self._run_epoch(on_requeue)
@@ -102,9 +113,9 @@ class ReplicaLoop:
                 self.metrics.failovers.value += 1
                 self.metrics.awaits_recovery = True
                 on_requeue()
-                self.lost_reason = await self._why_lost(error)
+                self.lost_reason = await self._why_lost(error, meet_again)
 
-    async def _why_lost(self, error: WorkerError) -> str | None:
+    async def _why_lost(self, error: WorkerError, meet_again: Callable[[], Awaitable[None]]) -> str | None:
         """None when another epoch is worth trying."""
         if self._num_steps >= _HEALTHY_STEPS:
             self._failed_epochs = 0
@@ -118,7 +129,10 @@ class ReplicaLoop:
         if len(self.group.addresses) > 1:
             # Some ranks are in the midst of a collective that others will never enter. In another epoch they would
             # add up what does not belong together, and nobody would notice.
-            return f"{error} (its ranks are out of step)"
+            try:
+                await meet_again()
+            except WorkerError as again:
+                return str(again)
         return None
 
     async def _run_epoch(self, on_requeue: Callable[[], None]) -> None:
@@ -129,10 +143,12 @@ class ReplicaLoop:
         self._wake.set()
         streams = await EpochStreams.open(self.group)
         self._scheduler.open_replica(self.index)
+        self._failure = asyncio.get_running_loop().create_future()
         parts = [
             self._plan_when_woken(streams, on_requeue),
             self._receive_results(streams, on_requeue),
             self._watch_deadline(),
+            self._await_failure(self._failure),
             *(streams.watch(rank) for rank in range(len(self.group.addresses)) if rank != self.group.output_rank),
         ]
         tasks = [asyncio.create_task(part) for part in parts]
@@ -165,7 +181,8 @@ class ReplicaLoop:
             message = encode_plan(plan)
             streams.send(message)
             sent_s = time.perf_counter()
-            self._in_flight.append(_SentStep(plan.step, plan.num_tokens, len(message), sent_s, self._had_work))
+            sent = _SentStep(plan.step, plan.num_tokens, plan.num_decodes, len(message), sent_s, self._had_work)
+            self._in_flight.append(sent)
             self._had_work = True
             if plan.adds:  # requests that started
                 self._publish(self._scheduler.take_events(), self.index)
@@ -210,10 +227,15 @@ class ReplicaLoop:
             spent_s = step.received_s - sent.sent_s - (reply.device_us + reply.queue_us) * 1e-6
             metrics.step_s.observe(step.received_s - max(sent.sent_s, self._last_settled_s))
             metrics.dispatch_latency_s.observe(max(spent_s, 0.0))
+            self._observe(sent.num_tokens - sent.num_decodes, sent.num_decodes, reply.device_us * 1e-6)
             metrics.observe_device(reply.device_us, reply.idle_us if sent.follows_work else 0)
             metrics.scheduler_cpu_s.observe(step.cpu_s)
             metrics.plan_bytes.observe(sent.num_bytes)
             self._last_settled_s = step.received_s
+
+    @staticmethod
+    async def _await_failure(failure: "asyncio.Future[None]") -> None:
+        await failure
 
     async def _watch_deadline(self) -> None:
         """A stopped or deadlocked worker keeps its stream open; only time tells."""

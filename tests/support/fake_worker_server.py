@@ -184,6 +184,9 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         self.compiles = asyncio.Event()  # Compile waits for it
         self.compiles.set()
         self.compiled: list[str] = []  # texts of the grammars that it was asked for
+        self.imports = asyncio.Event()  # ImportBlocks waits for it with every block
+        self.imports.set()
+        self.num_imports = 0
         self.num_steps = 0
         self.max_queued = 0  # plans in the worker at once, the running one included
         self.started_blocks: int | None = None
@@ -226,6 +229,37 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         if request.grammar.text == BAD_GRAMMAR:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a bad grammar")
         return pb.CompileResponse()
+
+    async def ImportBlocks(self, request: pb.ImportBlocksRequest, context: Any) -> pb.ImportBlocksResponse:
+        device = self.device
+        assert device is not None
+        self.num_imports += 1
+        async with grpc.aio.insecure_channel(request.peer) as channel:
+            export = pb.ExportBlocksRequest(epoch=request.peer_epoch, blocks=request.peer_blocks)
+            try:
+                blocks = iter(_column(request.blocks).tolist())
+                async for chunk in worker_pb2_grpc.WorkerStub(channel).ExportBlocks(export):
+                    await self.imports.wait()
+                    if device is not self.device or not self._admits_blocks(request.epoch):
+                        await context.abort(grpc.StatusCode.ABORTED, f"epoch {request.epoch} is over")
+                    tokens = np.frombuffer(chunk.data, "<i4").tolist()
+                    device.kv[next(blocks)] = {place: token for place, token in enumerate(tokens) if token >= 0}
+            except grpc.aio.AioRpcError as error:
+                await context.abort(grpc.StatusCode.ABORTED, f"the blocks did not come: {error.details()}")
+        return pb.ImportBlocksResponse(num_bytes=len(request.blocks) * 16, took_s=0.001)
+
+    def _admits_blocks(self, epoch: int) -> bool:
+        assert self.device is not None
+        return epoch >= self.device.epoch
+
+    async def ExportBlocks(self, request: pb.ExportBlocksRequest, context: Any) -> AsyncIterator[pb.BlockChunk]:
+        assert self.device is not None
+        for block in _column(request.blocks).tolist():
+            if request.epoch != self.device.epoch:
+                await context.abort(grpc.StatusCode.ABORTED, f"epoch {request.epoch} is over")
+            held = self.device.kv.get(block, {})
+            tokens = [held.get(place, -1) for place in range(self.device.block_size)]
+            yield pb.BlockChunk(num_blocks=1, data=np.array(tokens, "<i4").tobytes())
 
     async def Run(self, plans: AsyncIterator[pb.StepPlan], context: Any) -> AsyncIterator[pb.StepResult]:
         queue: asyncio.Queue[_Waiting] = asyncio.Queue()

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from manta.cluster.engine import mover
 from manta.cluster.engine.bringup import BringUpError
 from manta.cluster.engine.client import EngineClient
 from manta.cluster.engine.types import Beams, EngineLostError, QueueFullError, UnavailableError
@@ -259,8 +260,9 @@ def test_ranks_that_may_be_out_of_step_are_not_taken_over(sizes: dict[str, int])
     run(test())
 
 
-def test_replicas_come_and_go() -> None:
+def test_replicas_come_and_go(monkeypatch: pytest.MonkeyPatch) -> None:
     """From one to two, to none, and back: nothing that was asked for is lost."""
+    monkeypatch.setattr(mover, "EVACUATION_S", 0.05)  # the others are full
 
     async def test() -> None:
         config = fake_config(min_replicas=0, max_replicas=2, max_num_seqs=4)

@@ -14,6 +14,7 @@ import pytest
 
 from manta.cluster import link_listener, links
 from manta.cluster.engine import client as client_module
+from manta.cluster.engine import mover as mover_module
 from manta.cluster.engine import replica as replica_module
 from manta.cluster.engine.bringup import BringUpError, bring_up
 from manta.cluster.engine.client import EngineClient
@@ -44,7 +45,7 @@ def simulated(network: Network) -> Iterator[None]:
         patch.setattr(grpc.aio, "server", lambda *_, **__: RpcServer(network))
         patch.setattr(links, "_connect_tcp", network.connect)
         patch.setattr(link_listener, "socket", SocketModule(network))
-        for module in (client_module, replica_module):
+        for module in (client_module, mover_module, replica_module):
             patch.setattr(module, "time", VirtualTime)
         yield
 

@@ -2,12 +2,13 @@
 side. It has no streams: what would open one hears that the connection is lost."""
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, NoReturn
 
 import grpc
 import grpc.aio
 
+from manta.cluster.links import LENGTH_BYTES, frame
 from tests.support.simulation.loop import Process, current_process
 from tests.support.simulation.net import Network
 
@@ -72,8 +73,12 @@ class RpcServer:
 
     @staticmethod
     async def _handle(handler: Any, message: bytes) -> bytes:
+        request = handler.request_deserializer(message)
         try:
-            response = await handler.unary_unary(handler.request_deserializer(message), _Context())
+            if handler.response_streaming:
+                responses = [response async for response in handler.unary_stream(request, _Context())]
+                return b"".join(map(frame, map(handler.response_serializer, responses)))
+            response = await handler.unary_unary(request, _Context())
         except _AbortError as error:
             raise _error(error.code, error.details) from None
         except Exception as error:
@@ -108,6 +113,27 @@ class Channel:
                 raise _error(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded") from None
 
         return call
+
+    def unary_stream(
+        self, method: str, request_serializer: Any, response_deserializer: Any, **_: object
+    ) -> Callable[..., AsyncIterator[Any]]:
+        """All messages come at once."""
+        call = self.unary_unary(method, request_serializer, bytes)
+
+        async def stream(request: Any) -> AsyncIterator[Any]:
+            data = await call(request)
+            while data:
+                end = LENGTH_BYTES + int.from_bytes(data[:LENGTH_BYTES], "little")
+                yield response_deserializer(data[LENGTH_BYTES:end])
+                data = data[end:]
+
+        return stream
+
+    async def __aenter__(self) -> "Channel":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
 
     def stream_stream(self, method: str, *_: object, **__: object) -> Callable[[], "NoStream"]:
         return NoStream

@@ -109,6 +109,9 @@ class SimWorker(FakeWorker):
         await done
         return pb.StartResponse(last_epoch=self._last[0], last_step=self._last[1])
 
+    def _admits_blocks(self, epoch: int) -> bool:
+        return self._guard.admits_blocks(epoch)
+
     async def _serve(self, link: Link) -> None:
         guard = self._guard
         while True:
