@@ -81,7 +81,7 @@ class DescribeResponse(_message.Message):
     def __init__(self, host: _Optional[str] = ..., rendezvous_port: _Optional[int] = ..., device: _Optional[str] = ..., pid: _Optional[int] = ..., link_port: _Optional[int] = ..., link_socket: _Optional[str] = ..., link_key: _Optional[bytes] = ...) -> None: ...
 
 class LoadRequest(_message.Message):
-    __slots__ = ("config_json", "tp_rank", "pp_rank", "num_workers_on_host", "rendezvous_host", "rendezvous_port", "peers")
+    __slots__ = ("config_json", "tp_rank", "pp_rank", "num_workers_on_host", "rendezvous_host", "rendezvous_port", "peers", "meeting")
     CONFIG_JSON_FIELD_NUMBER: _ClassVar[int]
     TP_RANK_FIELD_NUMBER: _ClassVar[int]
     PP_RANK_FIELD_NUMBER: _ClassVar[int]
@@ -89,6 +89,7 @@ class LoadRequest(_message.Message):
     RENDEZVOUS_HOST_FIELD_NUMBER: _ClassVar[int]
     RENDEZVOUS_PORT_FIELD_NUMBER: _ClassVar[int]
     PEERS_FIELD_NUMBER: _ClassVar[int]
+    MEETING_FIELD_NUMBER: _ClassVar[int]
     config_json: str
     tp_rank: int
     pp_rank: int
@@ -96,7 +97,8 @@ class LoadRequest(_message.Message):
     rendezvous_host: str
     rendezvous_port: int
     peers: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, config_json: _Optional[str] = ..., tp_rank: _Optional[int] = ..., pp_rank: _Optional[int] = ..., num_workers_on_host: _Optional[int] = ..., rendezvous_host: _Optional[str] = ..., rendezvous_port: _Optional[int] = ..., peers: _Optional[_Iterable[str]] = ...) -> None: ...
+    meeting: str
+    def __init__(self, config_json: _Optional[str] = ..., tp_rank: _Optional[int] = ..., pp_rank: _Optional[int] = ..., num_workers_on_host: _Optional[int] = ..., rendezvous_host: _Optional[str] = ..., rendezvous_port: _Optional[int] = ..., peers: _Optional[_Iterable[str]] = ..., meeting: _Optional[str] = ...) -> None: ...
 
 class LoadResponse(_message.Message):
     __slots__ = ("num_blocks", "weight_bytes", "bytes_per_block", "load_s", "profile_s")

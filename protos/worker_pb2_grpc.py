@@ -101,7 +101,9 @@ class WorkerServicer(object):
 
     def Load(self, request, context):
         """Joins the process group, loads this rank's weights, measures how many KV blocks fit. Again with the same request it
-        answers at once: so a scheduler that has just started finds workers as it needs them.
+        answers at once: so a scheduler that has just started finds workers as it needs them. With another `meeting` it
+        leaves the ranks it was with, which may be gone or in the midst of a step, and joins those that come there; it
+        keeps its weights. Start follows.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

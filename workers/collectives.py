@@ -1,9 +1,14 @@
 """What tensor-parallel ranks do together, and how process groups do it: gloo for CPU ranks, NCCL for CUDA ranks."""
 
+import contextlib
+from datetime import timedelta
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 from torch._C._distributed_c10d import AllgatherOptions, AllreduceOptions
+
+_NO_TAG = 0x7E57
 
 
 class MeshError(RuntimeError):
@@ -59,6 +64,11 @@ def _finish(work: Any) -> None:
 
 
 def end_group(group: Any) -> None:
-    """Call when nothing more is sent through the group; gloo's ends when it is forgotten."""
+    """Whatever is under way in the group fails, on any thread and on any rank."""
     if group.name() == "nccl":
         group.abort()  # its communicator would otherwise wait for the other ranks
+        return
+    # Gloo has no such call. But a receive that is late breaks all connections of its group: this one always is.
+    with contextlib.suppress(RuntimeError):
+        nobody_sends = group.recv([torch.empty(1)], (group.rank() + 1) % group.size(), _NO_TAG)
+        nobody_sends.wait(timedelta(milliseconds=1))

@@ -28,8 +28,8 @@ class ComputeThread:
         """Queues a job that handles its own errors."""
         self._jobs.put(job)
 
-    def call(self, job: Callable[[], T]) -> T:
-        """Queues a job and returns, or raises, what it does."""
+    def call(self, job: Callable[[], T], timeout_s: float | None = None) -> T:
+        """Queues a job and returns, or raises, what it does; TimeoutError if that takes too long."""
         future: Future[T] = Future()
 
         def run() -> None:
@@ -39,7 +39,7 @@ class ComputeThread:
                 future.set_exception(error)
 
         self.post(run)
-        return future.result()
+        return future.result(timeout_s)
 
     def when_idle(self, work: Callable[[], bool]) -> None:
         """Calls `work`, a few milliseconds of it at most, while there are no jobs; when it returns False, not before

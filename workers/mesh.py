@@ -34,7 +34,7 @@ class Incoming:
         return self._x
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Mesh:
     """Where a rank stands among the ranks of its replica, and what it says to them.
 
@@ -106,13 +106,17 @@ class Mesh:
         return self.expect_tokens(n).wait()
 
     def destroy(self) -> None:
-        """Ends the groups. Other ranks' calls that are under way fail."""
-        self._pending_sends.clear()
+        """Ends the groups. Calls that are under way fail, other ranks' and those of another thread."""
         for group in self._groups.values():
             end_group(group)
-        self._groups.clear()
         if self._tp is not None:
             self._tp.destroy()
+
+    def take_over(self, other: "Mesh") -> None:
+        """Goes on with the groups of another mesh, which stands at the same place among other ranks."""
+        assert (self.tp_rank, self.pp_rank) == (other.tp_rank, other.pp_rank)
+        self._tp, self._groups, self._store = other._tp, other._groups, other._store
+        self._pending_sends = deque()
 
     def _send(self, group: Any, x: Tensor, to_stage: int) -> None:
         x = x.contiguous()
@@ -142,8 +146,11 @@ def connect_mesh(
     host: str = "",
     port: int = 0,
     shared_memory: bool = True,
+    meeting: str = "",
+    join_timeout_s: float | None = None,
 ) -> Mesh:
-    """Joins the replica's ranks; returns when all have.
+    """Joins the replica's ranks that come to the `meeting`; returns when all have, `join_timeout_s` later at most
+    (`timeout_s` if it is not given).
 
     Rank 0 passes the `store` it opened, the others its `host` and `port`. `timeout_s` also bounds every later
     collective. Without `shared_memory` ranks of one host use gloo or NCCL as those of several do; all say the same.
@@ -157,13 +164,18 @@ def connect_mesh(
         if store is None:
             store = TCPStore(host, port, is_master=False, timeout=timeout)
         store.set_timeout(timeout)
+        if meeting:
+            store = PrefixStore(meeting, store)
+        _await_all(
+            store, rank, tp_size * pp_size, timeout if join_timeout_s is None else timedelta(seconds=join_timeout_s)
+        )
         groups = {
             # Stages of one tp rank; one group a direction, so that NCCL's sends cannot wait for each other.
             "hidden": _group(store, f"hidden/{tp_rank}", pp_rank, pp_size, device, timeout),
             "tokens": _group(store, f"tokens/{tp_rank}", pp_rank, pp_size, device, timeout),
         }
         _connect_stages(groups["hidden"], groups["tokens"], pp_rank, pp_size, device)
-        tp = _tp_collectives(store, tp_rank, tp_size, pp_rank, pp_size, device, timeout, shared_memory)
+        tp = _tp_collectives(store, tp_rank, tp_size, pp_rank, pp_size, device, timeout, shared_memory, meeting)
     except RuntimeError as error:
         where = f"{host}:{port}" if host else "its own store"
         raise MeshError(
@@ -172,6 +184,11 @@ def connect_mesh(
         ) from error
     groups = {name: group for name, group in groups.items() if group is not None}
     return Mesh(tp_rank, tp_size, pp_rank, pp_size, device, tp, groups, store)
+
+
+def _await_all(store: Store, rank: int, num_ranks: int, timeout: timedelta) -> None:
+    store.set(f"here/{rank}", "")
+    store.wait([f"here/{other}" for other in range(num_ranks)], timeout)
 
 
 def _connect_stages(hidden: Any, tokens: Any, pp_rank: int, pp_size: int, device: torch.device) -> None:
@@ -204,6 +221,7 @@ def _tp_collectives(
     device: torch.device,
     timeout: timedelta,
     shared_memory: bool,
+    meeting: str,
 ) -> Collectives | None:
     group = _group(store, f"tp/{pp_rank}", tp_rank, tp_size, device, timeout)
     if group is None:
@@ -215,7 +233,7 @@ def _tp_collectives(
         from manta.workers.torch_symmetric import TorchPeerMemory
 
         scope = PrefixStore(f"symmetric/{pp_rank}", store)
-        memory = TorchPeerMemory(f"manta/tp/{pp_rank}", scope, tp_rank, tp_size, group, device)
+        memory = TorchPeerMemory(f"manta/tp/{pp_rank}/{meeting}", scope, tp_rank, tp_size, group, device)
         return symmetric.connect(memory, collectives, rank=tp_rank, num_ranks=tp_size, device=device)
     from manta.workers import host_collectives  # compiles for the CPU; not needed elsewhere
 

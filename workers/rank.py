@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 # Bounds every wait of a rank for another one. The longest is for weights from a slow disk.
 COLLECTIVE_TIMEOUT_S = 1800.0
+JOIN_TIMEOUT_S = 120.0  # of a rank that has its weights for others, which have been started by then
 
 
 class PlacementError(ValueError):
@@ -49,6 +50,7 @@ class Placement:
     rendezvous_host: str
     rendezvous_port: int
     store: Any  # what mesh.open_store opened; None on the other ranks
+    meeting: str = ""  # a name for this coming together of the ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +131,34 @@ def _load(config: ServeConfig, placement: Placement, files: Files) -> LoadedRank
     return rank
 
 
+def let_go(loaded: LoadedRank) -> None:
+    """Frees all that belonged to the runner, to which nobody refers any more, and waits for the device."""
+    gc.unfreeze()  # see `start`
+    gc.collect()
+    if loaded.gpu_memory is not None:
+        torch.cuda.synchronize(loaded.mesh.device)
+        torch.cuda.empty_cache()
+
+
+def join_again(loaded: LoadedRank, placement: Placement) -> LoadedRank:
+    """The rank with the weights it has, among ranks that may be others than before. On a GPU it finds out again how
+    many KV blocks fit, as new ranks do: they need each other for that. Raises MeshError, CapacityError."""
+    started_s = time.perf_counter()
+    config, memory = loaded.config, loaded.gpu_memory
+    with _during(memory, "connecting to the other ranks"):
+        loaded.mesh.take_over(_connect(config, placement, loaded.mesh.device, JOIN_TIMEOUT_S))
+    joined_s = time.perf_counter()
+    num_blocks = loaded.num_blocks
+    if memory is not None:
+        dtype = loaded.model.format.kv_dtype
+        cache = allocate_kv_cache(loaded.model, 1, config.block_size, dtype, loaded.mesh.device)
+        kv = KVSize.of(cache, config.block_size)
+        del cache
+        num_blocks = gpu_blocks(config, loaded.model, kv, memory)
+    profile_s = time.perf_counter() - joined_s
+    return replace(loaded, num_blocks=num_blocks, load_s=joined_s - started_s, profile_s=profile_s)
+
+
 def pick_device(choice: str) -> torch.device:
     """The device of --device. A worker sees only the one GPU it is given. Raises PlacementError."""
     has_cuda = torch.cuda.is_available()
@@ -154,7 +184,9 @@ def _check(config: ServeConfig, placement: Placement) -> None:
         raise PlacementError("this rank has neither opened a rendezvous nor been told rendezvous_port")
 
 
-def _connect(config: ServeConfig, placement: Placement, device: torch.device) -> Mesh:
+def _connect(
+    config: ServeConfig, placement: Placement, device: torch.device, join_timeout_s: float | None = None
+) -> Mesh:
     return connect_mesh(
         tp_rank=placement.tp_rank,
         tp_size=config.tensor_parallel_size,
@@ -165,6 +197,8 @@ def _connect(config: ServeConfig, placement: Placement, device: torch.device) ->
         store=placement.store,
         host=placement.rendezvous_host,
         port=placement.rendezvous_port,
+        meeting=placement.meeting,
+        join_timeout_s=join_timeout_s,
     )
 
 

@@ -29,12 +29,13 @@ from manta.workers.links import LinkServer
 
 if TYPE_CHECKING:  # torch takes a second to import; the service can be reached before
     from manta.workers.block_bytes import BlockBytes
-    from manta.workers.rank import LoadedRank
+    from manta.workers.rank import LoadedRank, Placement
     from manta.workers.runner import Runner, Step
 
 logger = logging.getLogger(__name__)
 
 MAX_UINT32 = 2**32 - 1
+_LET_GO_TIMEOUT_S = 10.0
 Answers = SimpleQueue[Callable[[], pb.StepResult] | None]  # each waits for its step; None ends the stream
 
 
@@ -166,30 +167,64 @@ class WorkerService(WorkerServicer):
         self._compute.stop()
 
     def _load(self, request: pb.LoadRequest) -> "LoadedRank":
-        from manta.workers.rank import Placement, load_rank
+        from manta.workers.rank import load_rank
 
         with self._lock:
-            if self._request is not None:
-                if self._loaded is None or _placement(request) != _placement(self._request):
+            last, self._request = self._request, self._request or request
+            if last is not None:
+                if self._loaded is None or _placement(request) != _placement(last):
                     raise OrderError("Load came a second time, for something else; a worker loads once")
-                return self._loaded
-            self._request = request
+                if request.meeting in ("", last.meeting):
+                    return self._loaded
+                self._request = request
+        if last is not None and self._loaded is not None:
+            return self._join_again(self._loaded, request)
         try:
             self._name = f"tp rank {request.tp_rank} of stage {request.pp_rank}"
             config = ServeConfig.model_validate_json(request.config_json)
-            placement = Placement(
-                tp_rank=request.tp_rank,
-                pp_rank=request.pp_rank,
-                num_workers_on_host=request.num_workers_on_host,
-                rendezvous_host=request.rendezvous_host,
-                rendezvous_port=request.rendezvous_port,
-                store=self._store[0] if self._store else None,
-            )
+            placement = self._place(request)
             self._loaded = self._compute.call(partial(load_rank, config, placement, tuple(request.peers)))
         except Exception:
             self._request = None  # the caller may mend its request and try again
             raise
         return self._loaded
+
+    def _place(self, request: pb.LoadRequest) -> "Placement":
+        from manta.workers.rank import Placement
+
+        return Placement(
+            tp_rank=request.tp_rank,
+            pp_rank=request.pp_rank,
+            num_workers_on_host=request.num_workers_on_host,
+            rendezvous_host=request.rendezvous_host,
+            rendezvous_port=request.rendezvous_port,
+            store=self._store[0] if self._store else None,
+            meeting=request.meeting,
+        )
+
+    def _join_again(self, loaded: "LoadedRank", request: pb.LoadRequest) -> "LoadedRank":
+        """Leaves the other ranks, in whatever it does with them, and joins those of the request. Raises MeshError."""
+        from manta.workers.collectives import MeshError
+        from manta.workers.rank import join_again
+
+        loaded.mesh.destroy()  # what the compute thread waits for fails
+        self._compute.when_idle(lambda: False)
+        try:
+            self._compute.call(partial(self._let_go, loaded), _LET_GO_TIMEOUT_S)
+        except TimeoutError:
+            raise MeshError(f"the step under way did not end within {_LET_GO_TIMEOUT_S:g} s") from None
+        self._loaded = self._compute.call(partial(join_again, loaded, self._place(request)))
+        logger.info("%s has joined its replica again, with the weights it had", self._name)
+        return self._loaded
+
+    def _let_go(self, loaded: "LoadedRank") -> None:
+        """Forgets the runner: what it has of the groups that are gone is worth nothing."""
+        from manta.workers.rank import let_go
+
+        with self._transfers.writing:
+            self._guard = EpochGuard()
+        self._runner, self._num_blocks = None, 0
+        let_go(loaded)
 
     def _start(self, num_blocks: int) -> tuple[int, int]:
         """Returns epoch and step of the last plan before."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import secrets
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -208,8 +209,10 @@ async def load_ranks(
     ranks_on_host: Counter[str],
     others: Sequence[Sequence[str]] = (),
 ) -> list[pb.LoadResponse]:
-    """Each rank its part of the weights, all at once. others: addresses by replica and rank of workers that may have
-    loaded already, to be asked where a host lacks the model's files. Raises WorkerError."""
+    """Each rank its part of the weights, all at once; those that have it keep it. Where there are several ranks, they
+    meet anew. others: addresses by replica and rank of workers that may have loaded already, to be asked where a host
+    lacks the model's files. Raises WorkerError."""
+    meeting = secrets.token_hex(8) if len(group.addresses) > 1 else ""
     config_json = config.model_dump_json()
 
     async def load(rank: int) -> pb.LoadResponse:
@@ -221,6 +224,7 @@ async def load_ranks(
             num_workers_on_host=ranks_on_host[group.addresses[rank].rpartition(":")[0]],
             rendezvous_host=described[0].host,
             rendezvous_port=described[0].rendezvous_port,
+            meeting=meeting,
             peers=[replica[rank] for replica in others if replica],  # each rank another one
         )
         response: pb.LoadResponse = await group.stubs[rank].Load(request)
@@ -234,8 +238,7 @@ async def start_ranks(config: ServeConfig, group: WorkerGroup, num_blocks: int) 
     request = pb.StartRequest(num_blocks=num_blocks)
     started = await _on_ranks(group, lambda rank: group.stubs[rank].Start(request))
     positions = [(response.last_epoch, response.last_step) for response in started]
-    # Stages may still hold what others sent them; ranks of one stage are even when they have run the same steps.
-    if any(epoch for epoch, _ in positions) and (config.pipeline_parallel_size > 1 or len(set(positions)) > 1):
+    if len(positions) > 1 and any(epoch for epoch, _ in positions):  # they have not met anew
         raise WorkerError(0, group.addresses[0], "its replica has ranks in the midst of another scheduler's steps")
     return started
 

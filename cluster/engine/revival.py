@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 _FEWER_BLOCKS = 0.9  # memory that is free varies a little from one start to the next
 _OTHERS_TIMEOUT_S = 30.0  # for replicas that have to load the model, when there is one that serves
+_MEET_TIMEOUT_S = 120.0  # of ranks that have their weights; on GPUs they record their steps anew
 _START_TIMEOUT_S = 20.0  # of a worker that has nothing to load, but may be in the midst of a step
 
 
@@ -54,6 +55,21 @@ async def replace_workers(config: ServeConfig, deployment: Deployment, replica: 
         raise
     old, deployment.groups[replica] = deployment.groups[replica], group
     await old.close()
+
+
+async def meet_again(config: ServeConfig, deployment: Deployment, replica: int) -> None:
+    """The ranks of a replica, all of which are there but not in step with each other, begin anew with the weights they
+    have. Raises WorkerError."""
+    group = deployment.groups[replica]
+    try:
+        async with asyncio.timeout(_MEET_TIMEOUT_S):
+            described = await describe_ranks(group, are_up=True)
+            hosts = count_ranks(config, [each.addresses for each in deployment.groups])
+            await load_ranks(config, group, described, hosts)
+            await start_ranks(config, group, deployment.capacities[replica].num_blocks)
+    except TimeoutError:
+        reason = f"its ranks did not find each other within {_MEET_TIMEOUT_S:.0f} s"
+        raise WorkerError(0, group.addresses[0], reason) from None
 
 
 async def find_workers(config: ServeConfig, spec: ModelSpec, addresses: list[list[str]]) -> Deployment:

@@ -115,53 +115,76 @@ class WorkerProcesses:
     """`manta.workers.main` as child processes, killed at the end."""
 
     def __init__(self, num: int) -> None:
-        command = [sys.executable, "-m", "manta.workers.main", "--parent-pid", str(os.getpid())]
-        env = os.environ | {"OMP_NUM_THREADS": "1"}
-        self.processes = [
-            subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) for _ in range(num)
-        ]  # fmt: skip
+        self.processes = [_start_worker() for _ in range(num)]
         self.clients: list[WorkerClient] = []
 
     def __enter__(self) -> "WorkerProcesses":
-        for process in self.processes:
-            assert process.stdout is not None
-            line = process.stdout.readline()
-            assert line.startswith("MANTA_ADDRESS "), line
-            self.clients.append(WorkerClient(line.split()[1]))
+        self.clients = [_client_of(process) for process in self.processes]
         return self
+
+    def replace(self, rank: int) -> None:
+        """Kills a worker and starts another in its place."""
+        _end_worker(self.processes[rank])
+        self.clients[rank].close()
+        self.processes[rank] = _start_worker()
+        self.clients[rank] = _client_of(self.processes[rank])
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         for client in self.clients:
             client.close()
         for process in self.processes:
-            process.kill()
-            process.wait()
-            assert process.stdout is not None
-            process.stdout.close()
+            _end_worker(process)
+
+
+def _start_worker() -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "manta.workers.main", "--parent-pid", str(os.getpid())]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def _client_of(process: "subprocess.Popen[str]") -> WorkerClient:
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    assert line.startswith("MANTA_ADDRESS "), line
+    return WorkerClient(line.split()[1])
+
+
+def _end_worker(process: "subprocess.Popen[str]") -> None:
+    process.kill()
+    process.wait()
+    assert process.stdout is not None
+    process.stdout.close()
 
 
 @contextlib.contextmanager
 def replica(config: ServeConfig) -> Iterator[list[WorkerClient]]:
     """The started workers of one replica, in rank order."""
     with WorkerProcesses(config.num_ranks) as workers:
-        described = [client.describe(open_rendezvous=rank == 0) for rank, client in enumerate(workers.clients)]
-        loads = []
-        for rank, client in enumerate(workers.clients):
-            pp_rank, tp_rank = divmod(rank, config.tensor_parallel_size)
-            loads.append(
-                client.load_future(
-                    config,
-                    tp_rank=tp_rank,
-                    pp_rank=pp_rank,
-                    rendezvous_host=described[0].host,
-                    rendezvous_port=described[0].rendezvous_port,
-                )
-            )
-        num_blocks = min(load.result().num_blocks for load in loads)
-        starts = [client.stub.Start.future(pb.StartRequest(num_blocks=num_blocks)) for client in workers.clients]
-        for start in starts:
-            start.result(timeout=DEADLINE_S)
+        load_and_start(config, workers.clients)
         yield workers.clients
+
+
+def load_and_start(config: ServeConfig, clients: list[WorkerClient], meeting: str = "") -> list[pb.LoadResponse]:
+    """What the scheduler does with the workers of one replica."""
+    described = [client.describe(open_rendezvous=rank == 0) for rank, client in enumerate(clients)]
+    loads = []
+    for rank, client in enumerate(clients):
+        pp_rank, tp_rank = divmod(rank, config.tensor_parallel_size)
+        loads.append(
+            client.load_future(
+                config,
+                tp_rank=tp_rank,
+                pp_rank=pp_rank,
+                rendezvous_host=described[0].host,
+                rendezvous_port=described[0].rendezvous_port,
+                meeting=meeting,
+            )
+        )
+    responses = [load.result() for load in loads]
+    num_blocks = min(response.num_blocks for response in responses)
+    starts = [client.stub.Start.future(pb.StartRequest(num_blocks=num_blocks)) for client in clients]
+    for start in starts:
+        start.result(timeout=DEADLINE_S)
+    return responses
 
 
 def run_to_the_end(driver: Driver, stream: RunStream) -> None:

@@ -13,7 +13,15 @@ from manta.protos.worker_pb2 import StepPlan
 from manta.workers.server import WorkerServer
 from tests.support.checkpoints import make_checkpoint
 from tests.support.plans import GREEDY, Driver, step_plan
-from tests.support.worker_client import RunStream, WorkerClient, replica, run_to_the_end, tiny_config
+from tests.support.worker_client import (
+    RunStream,
+    WorkerClient,
+    WorkerProcesses,
+    load_and_start,
+    replica,
+    run_to_the_end,
+    tiny_config,
+)
 
 NUM_NEW = 8
 SAMPLED = Sampling(temperature=1.0, top_p=0.9, top_k=40, repetition_penalty=1.3, presence_penalty=0.3, seed=11)
@@ -114,3 +122,31 @@ def test_ranks_together_give_the_tokens_of_one(
             assert stream.receive().error.startswith(
                 f"tp rank {tp_rank} of stage {pp_rank}: step 1: frees names slot 1"
             )
+
+
+@pytest.mark.parametrize(("tp_size", "pp_size"), [(2, 1), (1, 2)], ids=["tp", "pp"])
+def test_ranks_that_have_lost_each_other_meet_again(
+    checkpoint: Path, expected: list[list[int]], tp_size: int, pp_size: int
+) -> None:
+    """In whatever they are stuck: they keep their weights, and one whose process was killed is replaced alone."""
+    config = tiny_config(checkpoint, tensor_parallel_size=tp_size, pipeline_parallel_size=pp_size)
+    output = (pp_size - 1) * tp_size
+    with WorkerProcesses(2) as workers:
+        load_and_start(config, workers.clients, meeting="first")
+        pids = [client.describe().pid for client in workers.clients]
+        for stuck in (0, 1):  # its peer does not hear of the plan
+            driver, stream = Driver(block_size=8, epoch=7), workers.clients[stuck].run()
+            driver.add(0, prompts()[1], NUM_NEW)
+            stream.send(driver.plan([(0, len(prompts()[1]))]))
+            stream.send(driver.plan([]))
+            responses = load_and_start(config, workers.clients, meeting=f"stuck {stuck}")
+            assert [response.num_blocks for response in responses] == [100, 100]
+            stream.close()
+            streams = [client.run() for client in workers.clients]
+            assert serve_in_lanes(streams, streams[output], pp_size, 1) == expected
+        workers.replace(1)
+        load_and_start(config, workers.clients, meeting="one is new")
+        streams = [client.run() for client in workers.clients]
+        assert serve_in_lanes(streams, streams[output], pp_size, 1) == expected
+        again = [client.describe().pid for client in workers.clients]
+        assert (again[0] == pids[0], again[1] == pids[1]) == (True, False)
