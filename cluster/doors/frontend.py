@@ -43,9 +43,11 @@ class Frontend:
         if self._tokenizer is None:
             self._tokenizer = await asyncio.to_thread(load_tokenizer, self._config)
 
-    async def start(self, engine_address: str, http_port: int, grpc_port: int) -> dict[str, int]:
+    async def start(
+        self, engine_address: str, http_port: int, grpc_port: int, *, joins: bool = False
+    ) -> dict[str, int]:
         """Connects to the engine at "host:port" and listens; a port of 0 takes a free one. Returns the ports
-        {"http": ..., "grpc": ...}.
+        {"http": ..., "grpc": ...}. joins: another frontend of this deployment may listen there.
 
         Raises TokenizerError, PreflightError, ModelError, KeyFileError, CertificateError, StorageError, PortError
         or EngineLostError.
@@ -55,12 +57,12 @@ class Frontend:
         config = self._config.model_copy(update={"port": http_port, "grpc_port": grpc_port})
         self._client = await EngineClient.connect(engine_address)
         try:
-            return await self._open(config, self._tokenizer, self._client)
+            return await self._open(config, self._tokenizer, self._client, joins)
         except BaseException:
             await self._client.close()
             raise
 
-    async def _open(self, config: ServeConfig, tokenizer: Tokenizer, client: Client) -> dict[str, int]:
+    async def _open(self, config: ServeConfig, tokenizer: Tokenizer, client: Client, joins: bool) -> dict[str, int]:
         info = await client.info()
         limits = await asyncio.to_thread(read_limits, config, info.max_model_len)
         # Several frontends must not draw the same seeds.
@@ -76,12 +78,20 @@ class Frontend:
             batches=await open_store(config),
         )
         self._server = DoorServer(service)
-        ports = await self._server.start()
+        ports = await self._server.start(joins)
         if service.batches is not None:
             self._batches = service.batches
             self._keeper = new_keeper(service, service.batches)
             self._keeper.start()
         return ports
+
+    async def retire(self, grace_s: float) -> None:
+        """Another frontend has its ports by now: takes no new connections, and returns when the calls over its own have
+        ended, or after `grace_s`."""
+        if self._keeper is not None:
+            await self._keeper.stop()
+        if self._server is not None:
+            await self._server.retire(grace_s)
 
     async def stop(self, grace_s: float) -> bool:
         """Refuses new requests, gives running ones `grace_s` to finish, then ends. True if none was cut off."""

@@ -1,9 +1,10 @@
 """The frontend process: `python -m manta.cluster.doors.main --config-json JSON`.
 
-Loads its tokenizer, then waits for one line on standard input: ENGINE_HOST:PORT HTTP_PORT GRPC_PORT.
+Loads its tokenizer, then waits for one line on standard input: ENGINE_HOST:PORT HTTP_PORT GRPC_PORT, and `joins` where
+another frontend of the deployment may listen on these ports.
 Prints `MANTA_ADDRESS host:http_port host:grpc_port` when both doors are open, or `MANTA_ERROR sentence` before it ends
-because it cannot open them. SIGTERM and SIGINT let running requests
-finish; the end of the parent does not.
+because it cannot open them. SIGTERM and SIGINT let running requests finish; the end of the parent does not. SIGUSR1:
+another frontend has taken the ports, and this one ends when it has answered those who are connected.
 """
 
 import argparse
@@ -54,6 +55,8 @@ async def _serve(config_json: str, parent_pid: int) -> None:
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    retiring = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, retiring.set)
     ends = [asyncio.create_task(stopping.wait()), asyncio.create_task(parent_ended(parent_pid))]
     hashes = os.environ.pop(HASHES_VARIABLE, "")
     frontend = Frontend(config_json, hashes.split(",") if hashes else ())
@@ -61,17 +64,24 @@ async def _serve(config_json: str, parent_pid: int) -> None:
     await asyncio.wait([starting, *ends], return_when=asyncio.FIRST_COMPLETED)
     if starting.done():
         starting.result()
-        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        retired = asyncio.create_task(_retire(frontend, retiring, config.shutdown_timeout))
+        await asyncio.wait([*ends, retired], return_when=asyncio.FIRST_COMPLETED)
+        ends.append(retired)
     for task in (starting, *ends):
         task.cancel()
     await frontend.stop(config.shutdown_timeout if stopping.is_set() else 0.0)
 
 
+async def _retire(frontend: Frontend, retiring: asyncio.Event, grace_s: float) -> None:
+    await retiring.wait()
+    await frontend.retire(grace_s)
+
+
 async def _start(frontend: Frontend, host: str) -> None:
     """Returns when the doors are open."""
     await frontend.prepare()
-    engine_address, http_port, grpc_port = (await _read_line()).split()
-    ports = await frontend.start(engine_address, int(http_port), int(grpc_port))
+    engine_address, http_port, grpc_port, *more = (await _read_line()).split()
+    ports = await frontend.start(engine_address, int(http_port), int(grpc_port), joins="joins" in more)
     print(f"MANTA_ADDRESS {host}:{ports['http']} {host}:{ports['grpc']}", flush=True)
 
 

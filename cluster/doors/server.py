@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import errno
 import socket
+import time
 from collections.abc import Iterator
 
 import grpc
@@ -25,8 +26,11 @@ from manta.cluster.doors.tls import Certificates
 from manta.protos import inference_pb2
 
 KEEP_ALIVE_S = 75  # idle HTTP connections; longer than the 60 s after which common proxies drop theirs
+QUIET_S = 6.0  # common clients close connections that were idle for 5 s: nothing is on its way over them then
 CLOSE_TIMEOUT_S = 1  # for the last bytes, once the calls have ended
 PING_INTERVAL_MS, PING_TIMEOUT_MS = 30_000, 20_000  # over gRPC: who does not answer is gone, and its calls are aborted
+_LAST_ANSWER = (b"connection", b"close")
+_LOOK_S = 0.05
 _INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["Inference"]
 _GRPC_NAMES = (_INFERENCE.full_name,)
 
@@ -53,16 +57,20 @@ class DoorServer:
         self._peers = Peers()
         self._grpc: grpc.aio.Server | None = None
 
-    async def start(self) -> dict[str, int]:
-        """Listens; returns the ports as {"http": ..., "grpc": ...}. Raises PortError or CertificateError."""
+    async def start(self, joins: bool = False) -> dict[str, int]:
+        """Listens; returns the ports as {"http": ..., "grpc": ...}. joins: another frontend of this deployment may
+        listen on the same ports. Raises PortError or CertificateError."""
         config = self._service.config
         shares_port = config.api_server_count > 1
         certificates = Certificates.of(config)
-        http_socket = _listen(config.host, config.port, shares_port)
+        if not (joins or shares_port):
+            _check_free(config.host, config.port, "HTTP port {port} on {host}", "port")
+            _check_free(config.host, config.grpc_port, "gRPC port {port} on {host}", "grpc_port")
+        http_socket = _listen(config.host, config.port)
         http_port = int(http_socket.getsockname()[1])
         try:
             peer_socket = self._peers.listen(http_port) if shares_port else None
-            grpc_port = await self._start_grpc(config.host, config.grpc_port, shares_port, certificates)
+            grpc_port = await self._start_grpc(config.host, config.grpc_port, certificates)
         except (PeerError, PortError) as error:
             http_socket.close()
             self._peers.close()
@@ -99,6 +107,26 @@ class DoorServer:
         self._http.append(server)
         self._http_tasks.append(task)
 
+    async def retire(self, grace_s: float) -> None:
+        """Another frontend listens on the same ports by now: takes no new connections. Calls over those that there are
+        are answered, but with the word that their connection ends. Returns when all have ended, or nothing has come
+        over them for a while, or after `grace_s`."""
+        deadline_s = time.monotonic() + grace_s
+        for server in self._http:
+            for listener in server.servers:
+                listener.close()
+            server.config.encoded_headers.append(_LAST_ANSWER)
+            server.server_state.default_headers.append(_LAST_ANSWER)
+        if self._grpc is not None:
+            await self._grpc.stop(grace_s)  # clients are told to connect anew, and calls under way go on
+        quiet_since_s = time.monotonic()
+        while (now_s := time.monotonic()) < deadline_s:
+            if len(self._service.running):
+                quiet_since_s = now_s
+            elif now_s - quiet_since_s > QUIET_S or not any(server.server_state.connections for server in self._http):
+                return
+            await asyncio.sleep(_LOOK_S)
+
     async def stop(self, grace_s: float) -> bool:
         """Refuses new calls, lets running ones finish for `grace_s`, aborts the rest. True if none was aborted."""
         drained = await self._service.running.drain(grace_s)
@@ -110,11 +138,11 @@ class DoorServer:
         self._peers.close()
         return drained
 
-    async def _start_grpc(self, host: str, port: int, shares_port: bool, certificates: Certificates | None) -> int:
+    async def _start_grpc(self, host: str, port: int, certificates: Certificates | None) -> int:
         server = grpc.aio.server(
             interceptors=[RpcKeys(self._service.keys)],
             options=[
-                ("grpc.so_reuseport", int(shares_port)),
+                ("grpc.so_reuseport", 1),  # see _listen
                 ("grpc.max_receive_message_length", patience.MAX_BODY_BYTES),
                 ("grpc.max_metadata_size", patience.MAX_HEAD_BYTES),
                 ("grpc.absolute_max_metadata_size", patience.MAX_HEAD_BYTES),
@@ -142,13 +170,23 @@ class DoorServer:
         return int(bound)
 
 
-def _listen(host: str, port: int, shares_port: bool) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # asyncio turns Nagle's algorithm off only for sockets that say they are TCP; with it a small answer waits 40 ms.
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    if shares_port:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+def _check_free(host: str, port: int, what: str, field: str) -> None:
+    """Sockets that may share a port say nothing when somebody else's does."""
+    if not port:
+        return
+    with _new_socket(host) as probe:
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                name = what.format(port=port, host=host)
+                raise PortError(f"{name} is in use by another process; choose another with {field}") from None
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """With SO_REUSEPORT: frontends share their ports, and one that takes another one's place comes before that goes."""
+    listener = _new_socket(host)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     try:
         listener.bind((host, port))
         listener.listen(2048)
@@ -159,3 +197,11 @@ def _listen(host: str, port: int, shares_port: bool) -> socket.socket:
         raise PortError(f"HTTP cannot listen on {host}:{port}: {error.strerror or error}")
     listener.setblocking(False)
     return listener
+
+
+def _new_socket(host: str) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # asyncio turns Nagle's algorithm off only for sockets that say they are TCP; with it a small answer waits 40 ms.
+    new = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    new.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    return new

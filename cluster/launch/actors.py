@@ -59,10 +59,16 @@ class FrontendActor:
         self._frontend = Frontend(config_json, key_hashes)
         await self._frontend.prepare()
 
-    async def start(self, scheduler: str, http_port: int, grpc_port: int) -> tuple[int, int]:
-        """Listens; returns the HTTP and the gRPC port."""
-        ports = await self._frontend.start(scheduler, http_port, grpc_port)
+    async def start(self, scheduler: str, http_port: int, grpc_port: int, joins: bool) -> tuple[int, int]:
+        """Listens, where others may listen already if it joins them; returns the HTTP and the gRPC port."""
+        ports = await self._frontend.start(scheduler, http_port, grpc_port, joins=joins)
         return ports["http"], ports["grpc"]
+
+    async def retire(self, grace_s: float) -> None:
+        """Another one has its ports: answers those who are connected, then ends."""
+        await self._frontend.retire(grace_s)
+        await self._frontend.stop(0.0)
+        ray.actor.exit_actor()
 
     async def stop(self, grace_s: float) -> None:
         await self._frontend.stop(grace_s)

@@ -9,6 +9,7 @@ from manta.cluster.engine.client import QUICK_RECONNECT
 from manta.cluster.launch.autoscale import Autoscaler, Sample
 from manta.cluster.launch.launcher import Launcher, Part
 from manta.cluster.launch.repairs import SCHEDULER, Repairs, name_of, tell
+from manta.cluster.launch.rolling import RollingRestart
 from manta.configs.schema import ServeConfig
 from manta.protos import engine_pb2 as pb
 from manta.protos import engine_pb2_grpc
@@ -39,7 +40,9 @@ class Keeper:
         self._num_silent = 0
         self._num_excused: dict[int, int] = {}  # by replica: failures that were not its fault, when it failed last
         self._told_waits_s: dict[int, float] = {}  # replicas that wait for room, and when that was told
+        self._workers = workers
         self._repairs = Repairs(config, launcher, self._engine, workers, clock)
+        self._rolling: RollingRestart | None = None
 
     def look(self) -> str | None:
         """Starts what is to be started; returns why the deployment cannot go on, if so."""
@@ -57,6 +60,16 @@ class Keeper:
                     self._begin(part, broken[part], is_excused=self._is_excused(part, load))
             self._try_again()
             return self._why_over()
+
+    def roll(self) -> None:
+        """Starts all parts anew, one after the other; nothing where that is under way."""
+        if self._rolling is not None and not self._rolling.is_over:
+            tell("a rolling restart is under way")
+            return
+        replicas: list[Part] = [("worker", replica) for replica, workers in enumerate(self._workers) if workers]
+        frontends: list[Part] = [("frontend", index) for index in range(self._config.api_server_count)]
+        self._rolling = RollingRestart(self._repairs, [*replicas, SCHEDULER, *frontends], self._clock)
+        self._rolling.start()
 
     def end(self) -> None:
         """Begins no more repairs; those under way end at their next turn, or with the launcher."""

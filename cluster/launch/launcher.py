@@ -63,6 +63,11 @@ class Launcher(Protocol):
         """Starts a frontend in the place of one that has died, with the same ports."""
         ...
 
+    def renew_frontend(self, config: ServeConfig, index: int) -> None:
+        """Starts another frontend beside one that serves, with the same ports; that one takes no more connections then,
+        and ends when it has answered those who are connected. Returns when the new one serves."""
+        ...
+
     def prepare_frontends(self, config: ServeConfig) -> None:
         """Starts the frontend processes, which get ready on their own while the model loads."""
         ...

@@ -40,6 +40,7 @@ class LocalLauncher:
         self._scheduler: ChildProcess | None = None
         self._scheduler_address = ""
         self._frontends: list[ChildProcess] = []
+        self._retiring: list[ChildProcess] = []  # frontends in whose place others serve
         self._doors: FrontendAddress | None = None
         self._standby: list[ChildProcess] = []  # workers that wait for their turn
         self._standby_env: dict[str, str] = {}
@@ -145,8 +146,8 @@ class LocalLauncher:
 
     def open_frontends(self, config: ServeConfig, scheduler: str) -> FrontendAddress:
         address = FrontendAddress(config.port, config.grpc_port)
-        for child in self._frontends:
-            address = self._open(child, scheduler, address)
+        for number, child in enumerate(self._frontends):
+            address = self._open(child, scheduler, address, joins=number > 0)
         self._doors = address
         self._stand_by(config, 0.0)
         return address
@@ -157,7 +158,26 @@ class LocalLauncher:
         with self._lock:
             self._check_not_stopped()
             child = self._frontends[index] = self._make_frontend(config, index)
-        self._open(child, self._scheduler_address, self._doors)
+        self._open(child, self._scheduler_address, self._doors, joins=True)
+
+    def renew_frontend(self, config: ServeConfig, index: int) -> None:
+        assert self._doors is not None, "frontends have been opened"
+        with self._lock:
+            self._check_not_stopped()
+            self._retiring = [child for child in self._retiring if child.ended() is None]
+            child = self._make_frontend(config, index)
+            self._retiring.append(child)  # so that it ends with the others until it has its place
+        try:
+            self._open(child, self._scheduler_address, self._doors, joins=True)
+        except LaunchError:
+            child.kill()
+            raise
+        with self._lock:
+            self._check_not_stopped()
+            self._retiring.remove(child)
+            old, self._frontends[index] = self._frontends[index], child
+            self._retiring.append(old)
+        old.make_way()
 
     def _child(self, name: str, module: str, args: list[str], env: dict[str, str] | None = None) -> ChildProcess:
         return ChildProcess(name, module, args, env, on_end=self._on_death)
@@ -167,8 +187,8 @@ class LocalLauncher:
         env = {HASHES_VARIABLE: ",".join(config.api_key)}  # the words of a command can be read by all users of a host
         return self._child(f"frontend {index}", "manta.cluster.doors.main", args, env)
 
-    def _open(self, child: ChildProcess, scheduler: str, address: FrontendAddress) -> FrontendAddress:
-        child.tell(f"{scheduler} {address.http_port} {address.grpc_port}")
+    def _open(self, child: ChildProcess, scheduler: str, address: FrontendAddress, joins: bool) -> FrontendAddress:
+        child.tell(f"{scheduler} {address.http_port} {address.grpc_port}" + " joins" * joins)
         http, grpc = child.wait_for_address(_SPAWN_TIMEOUT_S).split()
         return FrontendAddress(int(http.rsplit(":", 1)[1]), int(grpc.rsplit(":", 1)[1]))
 
@@ -192,7 +212,7 @@ class LocalLauncher:
             self._stopped = True
         scheduler = [] if self._scheduler is None else [self._scheduler]
         for children, patience_s in (
-            (self._frontends, grace_s + _END_TIMEOUT_S),
+            (self._frontends + self._retiring, grace_s + _END_TIMEOUT_S),
             (scheduler, _END_TIMEOUT_S),
             (self._standby + [child for replica in self._workers for child in replica], _END_TIMEOUT_S),
         ):
@@ -200,7 +220,7 @@ class LocalLauncher:
                 child.terminate()
             for child in children:
                 child.join(patience_s)
-        self._frontends, self._scheduler, self._workers, self._standby = [], None, [], []
+        self._frontends, self._retiring, self._scheduler, self._workers, self._standby = [], [], None, [], []
 
     def _check_not_stopped(self) -> None:
         if self._stopped:

@@ -77,6 +77,7 @@ class RayLauncher:
         self._scheduler: Any = None
         self._scheduler_address = ""
         self._frontends: list[Any] = []
+        self._retiring: list[Any] = []  # frontends in whose place others serve; each ends by itself
         self._prepared: list[Any] = []
         self._doors: FrontendAddress | None = None
         self._lifelines: dict[Any, tuple[Part, str]] = {}  # never-ending call of an actor -> its part, its name
@@ -213,8 +214,8 @@ class RayLauncher:
     def open_frontends(self, config: ServeConfig, scheduler: str) -> FrontendAddress:
         _get(self._prepared, _ACTOR_TIMEOUT_S, "the frontends")
         address = FrontendAddress(config.port, config.grpc_port)
-        for actor in self._frontends:
-            call = actor.start.remote(scheduler, address.http_port, address.grpc_port)
+        for number, actor in enumerate(self._frontends):
+            call = actor.start.remote(scheduler, address.http_port, address.grpc_port, joins=number > 0)
             address = FrontendAddress(*_get(call, _ACTOR_TIMEOUT_S, "a frontend"))
         self._doors = address
         return address
@@ -223,10 +224,34 @@ class RayLauncher:
         assert self._doors is not None, "frontends have been opened"
         self._forget(("frontend", index), [self._frontends[index]])
         _get(self._make_frontend(config, index), _ACTOR_TIMEOUT_S, f"frontend {index}")
+        self._join(index)
+
+    def renew_frontend(self, config: ServeConfig, index: int) -> None:
+        part: Part = ("frontend", index)
+        old = self._frontends[index]
+        try:
+            _get(self._make_frontend(config, index), _ACTOR_TIMEOUT_S, f"frontend {index}")
+            self._join(index)
+        except LaunchError:
+            self._forget(part, [self._frontends[index]])
+            with self._lock:
+                self._frontends[index] = old
+                self._watch(old, part, f"frontend {index}")
+            raise
+        with self._lock:
+            gone = [call for call, each in self._lifelines.items() if each[0] == part][
+                :-1
+            ]  # the last is of the new one
+            self._lifelines = {call: each for call, each in self._lifelines.items() if call not in gone}
+            self._retiring.append(old)
+        old.retire.remote(config.shutdown_timeout)
+
+    def _join(self, index: int) -> None:
+        """Lets a frontend that is prepared listen where the others do."""
+        assert self._doors is not None, "frontends have been opened"
         ports = self._doors.http_port, self._doors.grpc_port
-        _get(
-            self._frontends[index].start.remote(self._scheduler_address, *ports), _ACTOR_TIMEOUT_S, f"frontend {index}"
-        )
+        call = self._frontends[index].start.remote(self._scheduler_address, *ports, joins=True)
+        _get(call, _ACTOR_TIMEOUT_S, f"frontend {index}")
 
     def deaths(self) -> list[Death]:
         with self._lock:
@@ -262,7 +287,7 @@ class RayLauncher:
                 ray.get(self._scheduler.stop.remote(), timeout=_END_TIMEOUT_S)
         scheduler = [] if self._scheduler is None else [self._scheduler]
         workers = [worker for replica in self._workers for worker in replica]
-        for actor in [*self._frontends, *scheduler, *workers]:
+        for actor in [*self._frontends, *self._retiring, *scheduler, *workers]:
             ray.kill(actor)
         for group in self._groups:
             if group is not None:

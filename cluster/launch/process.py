@@ -110,6 +110,11 @@ class ChildProcess:
         if self._process.poll() is None:
             self._process.terminate()
 
+    def make_way(self) -> None:
+        """Tells a frontend that another one has its ports (SIGUSR1)."""
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGUSR1)
+
     def kill(self) -> None:
         """Ends the child and its session now."""
         with contextlib.suppress(ProcessLookupError):

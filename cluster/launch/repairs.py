@@ -52,6 +52,10 @@ class Repairs:
         self._renewed: int | None = None  # a replica that gets workers for the scheduler's sake
         self._closed = False
 
+    @property
+    def is_closed(self) -> bool:
+        return self._closed
+
     def start(self, part: Part, num_attempts: int) -> None:
         """Until the part serves, or so many attempts have failed; then it is given up."""
         if part[0] == "worker":
@@ -61,6 +65,10 @@ class Repairs:
     def retire(self, replica: int) -> None:
         """What the replica has moves to others; then its workers end."""
         self._begin(("worker", replica), "retire", lambda: self._retire(replica))
+
+    def renew(self, part: Part) -> None:
+        """Starts a part that serves anew, without a request that fails for it."""
+        self._begin(part, "start", lambda: self._renew(part))
 
     def give_up(self, part: Part, reason: str) -> None:
         """Ends what is left of the part and sets it aside."""
@@ -126,6 +134,20 @@ class Repairs:
                 self._retire(part[1])
                 return
         self._give_up(part, reason or "")
+
+    def _renew(self, part: Part) -> None:
+        role, index = part
+        if role == "frontend":
+            try:
+                self._launcher.renew_frontend(self._config, index)
+                tell(f"another {name_of(part)} serves; the old one answers those who are connected, and ends")
+            except LaunchError as error:  # the old one serves on
+                tell(f"{name_of(part)} could not be started anew: {error}")
+            return
+        if role == "worker":
+            self._wait_until(lambda: SCHEDULER not in self.jobs)
+            self._retire(index)
+        self._start(part, self._config.restart_limit)
 
     def _try(self, part: Part, is_retry: bool) -> str | None:
         """None when the part serves, or why it does not."""

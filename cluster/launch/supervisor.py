@@ -34,13 +34,15 @@ class _Interrupted(BaseException):
 
 
 class Supervisor:
-    """One deployment from start to end. The first Ctrl-C or SIGTERM drains; a second one cuts."""
+    """One deployment from start to end. The first Ctrl-C or SIGTERM drains; a second one cuts. SIGUSR1, once it serves,
+    starts its parts anew one after the other."""
 
     def __init__(self, config: ServeConfig) -> None:
         self._config = with_absolute_paths(config)
         self._stop = threading.Event()
         self._wakes: SimpleQueue[None] = SimpleQueue()  # there may be something to look at before it is time again
         self._is_up = False
+        self._rolls = False  # SIGUSR1 has come
         self._workers: list[list[str]] = []  # addresses by replica and rank
         self._keeper: Keeper | None = None
         self._phases: dict[str, float] = {}
@@ -115,6 +117,9 @@ class Supervisor:
         keeper = self._keeper = Keeper(self._config, launcher, scheduler, self._workers)
         try:
             while not self._stop.is_set():
+                if self._rolls:
+                    self._rolls = False
+                    keeper.roll()
                 if why := keeper.look():
                     return why
                 with suppress(Empty):
@@ -129,6 +134,7 @@ class Supervisor:
     def _handle_signals(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
+        signal.signal(signal.SIGUSR1, self._on_roll)
 
     def _ignore_signals(self) -> None:
         """Taking down must finish: what an impatient Ctrl-C would cut short is what leaves processes behind."""
@@ -141,6 +147,11 @@ class Supervisor:
             self._wake()
         else:
             raise _Interrupted
+
+    def _on_roll(self, number: int, frame: FrameType | None) -> None:
+        if self._is_up:  # while it comes up or goes down, there is nothing to start anew
+            self._rolls = True
+            self._wake()
 
     def _wake(self) -> None:
         self._wakes.put(None)

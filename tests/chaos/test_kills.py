@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
+import openai
 import pytest
 
 from tests.support.server import DEMO_MODEL, ServerProcess, wait_until
@@ -168,6 +169,24 @@ def test_what_waits_while_nothing_serves_is_answered(server: ServerProcess) -> N
     wait_until(lambda: not _is_ready(server), 10, "ready turns")
     body = {"model": str(DEMO_MODEL), "prompt": "a", "max_tokens": 5}
     assert httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).status_code == 200
+
+
+def test_a_rolling_restart_fails_no_request(
+    server: ServerProcess, decoding: list[dict[str, Any]], decoded: list[dict[int, Ended]]
+) -> None:
+    """Clients of the openai package that try nothing again, over connections that they keep."""
+    wait_until(lambda: _is_ready(server), 30, "it is ready")
+    begun, old = len(server.output), set(server.processes()) - {server.pid}
+    streams = Streams(server.url, decoding)
+    wait_until(lambda: streams.num_events > 10, 30, "tokens of every stream")
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=100) as client:
+        server.signal(signal.SIGUSR1)
+        while "the rolling restart" not in server.output[begun:]:
+            answer = client.completions.create(model=str(DEMO_MODEL), prompt="a", max_tokens=5)
+            assert answer.usage is not None
+    assert "the rolling restart is complete" in server.output[begun:]
+    assert streams.result() == decoded
+    wait_until(lambda: not old & set(server.processes()), 60, "the end of all old processes")
 
 
 @pytest.mark.parametrize(

@@ -38,8 +38,9 @@ def build_service(client: FakeClient, model_folder: Path, **config_fields: Any) 
 class DoorThread:
     """`with DoorThread(client, folder) as doors:` serves until the block ends."""
 
-    def __init__(self, client: FakeClient, model_folder: Path, **config_fields: Any) -> None:
+    def __init__(self, client: FakeClient, model_folder: Path, joins: bool = False, **config_fields: Any) -> None:
         self.client = client
+        self._joins = joins
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._arguments = (model_folder, config_fields)
@@ -63,7 +64,7 @@ class DoorThread:
         service = build_service(self.client, folder, **config_fields)
         self.service = replace(service, batches=await open_store(service.config))
         self.server = DoorServer(self.service)
-        ports = await self.server.start()
+        ports = await self.server.start(self._joins)
         if self.service.batches is not None:
             self._keeper = new_keeper(self.service, self.service.batches)
             self._keeper.start()

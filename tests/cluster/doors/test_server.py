@@ -4,7 +4,10 @@ import asyncio
 import socket
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import grpc
 import httpx
@@ -15,6 +18,9 @@ from manta.protos import inference_pb2 as pb
 from manta.protos import inference_pb2_grpc as pb_grpc
 from tests.support.door_server import DoorThread, build_service
 from tests.support.fake_client import FakeClient
+from tests.support.server import wait_until
+
+T = TypeVar("T")
 
 
 @pytest.mark.parametrize("field", ["port", "grpc_port"])
@@ -40,6 +46,62 @@ def test_several_frontends_share_both_ports(model_folder: Path) -> None:
                 if all(client.submitted for client in clients):
                     break
             assert all(client.submitted for client in clients)
+
+
+def test_a_frontend_makes_way_for_another_one(model_folder: Path) -> None:
+    """New connections are the other one's; a call that runs is answered."""
+    old_engine, new_engine = FakeClient(), FakeClient()
+    released = threading.Event()
+
+    async def wait_for_release(num_sent: int) -> None:
+        while not released.is_set():
+            await asyncio.sleep(0.005)
+
+    old_engine._break_or_hang = wait_for_release  # type: ignore[method-assign]
+    body = {"prompt": "x"}
+    with DoorThread(old_engine, model_folder) as old:
+        url = f"{old.base_url}/v1/completions"
+        asking = _in_thread(lambda: httpx.post(url, json=body, timeout=20).json())
+        wait_until(lambda: bool(old_engine.submitted), 10, "it has the call")
+        with (
+            DoorThread(new_engine, model_folder, joins=True, port=old.http_port, grpc_port=old.grpc_port) as new,
+            grpc.insecure_channel(new.grpc_address) as channel,
+        ):
+            retiring = _in_thread(lambda: old.run(lambda: old.server.retire(20.0)))
+            wait_until(lambda: not _listens(old), 10, "it does not listen any more")
+            for _ in range(20):
+                assert httpx.post(url, json=body, timeout=20).status_code == 200
+            list(pb_grpc.InferenceStub(channel).Generate(pb.GenerateRequest(text="x")))
+            assert len(new_engine.submitted) == 21
+            assert not retiring.done()
+            released.set()
+            assert asking.result()["usage"]["completion_tokens"] == 16
+            retiring.result()
+
+
+def test_the_last_answer_of_a_connection_says_so(model_folder: Path) -> None:
+    """So that no client sends its next call into a connection that ends."""
+    with DoorThread(FakeClient(), model_folder) as doors, httpx.Client(timeout=20) as kept:
+        url = f"{doors.base_url}/v1/completions"
+        assert "connection" not in kept.post(url, json={"prompt": "x"}).headers
+        retiring = _in_thread(lambda: doors.run(lambda: doors.server.retire(20.0)))
+        wait_until(lambda: not _listens(doors), 10, "it does not listen any more")
+        answer = kept.post(url, json={"prompt": "x"})
+        assert (answer.status_code, answer.headers["connection"]) == (200, "close")
+        retiring.result()
+        with pytest.raises(httpx.ConnectError):
+            kept.post(url, json={"prompt": "x"})
+
+
+def _listens(doors: DoorThread) -> bool:
+    return any(listener.is_serving() for server in doors.server._http for listener in server.servers)
+
+
+def _in_thread(work: Callable[[], T]) -> "Future[T]":
+    pool = ThreadPoolExecutor(1)
+    future = pool.submit(work)
+    pool.shutdown(wait=False)
+    return future
 
 
 def test_stop_lets_running_calls_finish(model_folder: Path) -> None:
