@@ -17,6 +17,7 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 
 from manta.workers import symmetric
 from manta.workers.collectives import Collectives, MeshError, ProcessGroupCollectives, end_group
+from manta.workers.gloo import gloo_group, own_address
 
 SPARE_PENDING_SENDS = 8
 
@@ -169,14 +170,15 @@ def connect_mesh(
         _await_all(
             store, rank, tp_size * pp_size, timeout if join_timeout_s is None else timedelta(seconds=join_timeout_s)
         )
+        address = own_address(rank, host)
         groups = {
             # Stages of one tp rank; one group a direction, so that NCCL's sends cannot wait for each other.
-            "hidden": _group(store, f"hidden/{tp_rank}", pp_rank, pp_size, device, timeout),
-            "tokens": _group(store, f"tokens/{tp_rank}", pp_rank, pp_size, device, timeout),
+            "hidden": _group(store, f"hidden/{tp_rank}", pp_rank, pp_size, device, timeout, address),
+            "tokens": _group(store, f"tokens/{tp_rank}", pp_rank, pp_size, device, timeout, address),
         }
         _connect_stages(groups["hidden"], groups["tokens"], pp_rank, pp_size, device)
-        tp = _tp_collectives(store, tp_rank, tp_size, pp_rank, pp_size, device, timeout, shared_memory, meeting)
-    except RuntimeError as error:
+        tp = _tp_collectives(store, tp_rank, tp_size, pp_rank, pp_size, device, timeout, address, shared_memory, meeting)
+    except (RuntimeError, OSError) as error:
         where = f"{host}:{port}" if host else "its own store"
         raise MeshError(
             f"rank {rank} (tp {tp_rank} of {tp_size}, stage {pp_rank} of {pp_size}) could not join through {where} "
@@ -220,10 +222,11 @@ def _tp_collectives(
     pp_size: int,
     device: torch.device,
     timeout: timedelta,
+    address: str,
     shared_memory: bool,
     meeting: str,
 ) -> Collectives | None:
-    group = _group(store, f"tp/{pp_rank}", tp_rank, tp_size, device, timeout)
+    group = _group(store, f"tp/{pp_rank}", tp_rank, tp_size, device, timeout, address)
     if group is None:
         return None
     collectives = ProcessGroupCollectives(group)
@@ -247,13 +250,15 @@ def _tp_collectives(
     )
 
 
-def _group(store: Store, name: str, rank: int, size: int, device: torch.device, timeout: timedelta) -> Any:
+def _group(
+    store: Store, name: str, rank: int, size: int, device: torch.device, timeout: timedelta, address: str
+) -> Any:
     """A process group of its own under `name`; None if this rank would be alone in it."""
     if size == 1:
         return None
     scope = PrefixStore(name, store)
     if device.type != "cuda":
-        return dist.ProcessGroupGloo(scope, rank, size, timeout)
+        return gloo_group(scope, rank, size, timeout, address)
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = timeout
     return dist.ProcessGroupNCCL(scope, rank, size, options)
