@@ -6,7 +6,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed import Store
+from torch.distributed import Store  # type: ignore[attr-defined]
 
 _ANY_PORT = 9  # nothing is sent there
 

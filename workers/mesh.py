@@ -177,7 +177,9 @@ def connect_mesh(
             "tokens": _group(store, f"tokens/{tp_rank}", pp_rank, pp_size, device, timeout, address),
         }
         _connect_stages(groups["hidden"], groups["tokens"], pp_rank, pp_size, device)
-        tp = _tp_collectives(store, tp_rank, tp_size, pp_rank, pp_size, device, timeout, address, shared_memory, meeting)
+        tp = _tp_collectives(
+            store, tp_rank, tp_size, pp_rank, pp_size, device, timeout, address, shared_memory, meeting
+        )
     except (RuntimeError, OSError) as error:
         where = f"{host}:{port}" if host else "its own store"
         raise MeshError(
