@@ -15,7 +15,7 @@ from manta.cluster.engine.mover import Mover
 from manta.cluster.engine.publisher import Publisher
 from manta.cluster.engine.replica import Deadlines, ReplicaLoop
 from manta.cluster.engine.report import Reporter
-from manta.cluster.engine.revival import replace_workers
+from manta.cluster.engine.revival import meet_again, replace_workers
 from manta.cluster.engine.workers import WorkerError, WorkerGroup
 from manta.configs.model import ModelSpec
 from manta.configs.schema import ServeConfig
@@ -284,7 +284,7 @@ class Engine:
     async def _serve(self, loop: ReplicaLoop) -> None:
         """One replica's life."""
         try:
-            await loop.run(on_requeue=self._wake)
+            await loop.run(self._wake, partial(meet_again, self.config, self.deployment, loop.index))
         except Exception as error:
             logger.exception("the step loop of replica %d failed", loop.index)
             self._give_up_all(f"internal error: {error!r}")

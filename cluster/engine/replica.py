@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from itertools import count
 
@@ -96,9 +96,10 @@ class ReplicaLoop:
         if self._failure is not None and not self._failure.done():
             self._failure.set_exception(error)
 
-    async def run(self, on_requeue: Callable[[], None]) -> None:
+    async def run(self, on_requeue: Callable[[], None], meet_again: Callable[[], Awaitable[None]]) -> None:
         """Serves epoch after epoch; `on_requeue` is called when sequences of this replica are back in the queue, where
-        other replicas can take them, and when these wait for what this one leaves."""
+        other replicas can take them, and when these wait for what this one leaves. `meet_again` brings ranks together
+        that are out of step; raises WorkerError."""
         while self.lost_reason is None:
             try:
                 await self._run_epoch(on_requeue)
@@ -112,9 +113,9 @@ class ReplicaLoop:
                 self.metrics.failovers.value += 1
                 self.metrics.awaits_recovery = True
                 on_requeue()
-                self.lost_reason = await self._why_lost(error)
+                self.lost_reason = await self._why_lost(error, meet_again)
 
-    async def _why_lost(self, error: WorkerError) -> str | None:
+    async def _why_lost(self, error: WorkerError, meet_again: Callable[[], Awaitable[None]]) -> str | None:
         """None when another epoch is worth trying."""
         if self._num_steps >= _HEALTHY_STEPS:
             self._failed_epochs = 0
@@ -128,7 +129,10 @@ class ReplicaLoop:
         if len(self.group.addresses) > 1:
             # Some ranks are in the midst of a collective that others will never enter. In another epoch they would
             # add up what does not belong together, and nobody would notice.
-            return f"{error} (its ranks are out of step)"
+            try:
+                await meet_again()
+            except WorkerError as again:
+                return str(again)
         return None
 
     async def _run_epoch(self, on_requeue: Callable[[], None]) -> None:

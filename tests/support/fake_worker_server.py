@@ -194,6 +194,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         self.device: FakeDevice | None = None
         self.links: LinkServer | None = None
         self._config: ServeConfig | None = None
+        self.num_meetings = 0  # with other ranks, after the first
+        self._has_left = False  # the ranks it was with, since the last Start
         self._last = (0, 0)  # epoch and step before the last Start
         self._num_queued = 0
         self._idle_from_s = time.perf_counter()
@@ -209,6 +211,9 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
     async def Load(self, request: pb.LoadRequest, context: Any) -> pb.LoadResponse:
         if self.load_error is not None:
             await context.abort(grpc.StatusCode.INTERNAL, self.load_error)
+        if self.load is not None and request.meeting != self.load.meeting and request.meeting:
+            self.num_meetings += 1
+            self._has_left = True
         self.load = request
         self._config = ServeConfig.model_validate_json(request.config_json)
         return pb.LoadResponse(num_blocks=self.num_blocks, weight_bytes=1000, bytes_per_block=64, load_s=0.1)
@@ -217,7 +222,9 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         assert self._config is not None
         while self.links is not None and self._num_queued:  # as a real one, it first does what has come over links
             await asyncio.sleep(0.001)
-        if self.device is not None and self.device.epoch:
+        if self._has_left:
+            self._last, self._has_left = (0, 0), False
+        elif self.device is not None and self.device.epoch:
             self._last = self.device.epoch, self.device.step
         self.started_blocks = request.num_blocks
         self.device = FakeDevice(request.num_blocks, self._config.block_size)

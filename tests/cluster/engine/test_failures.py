@@ -37,22 +37,38 @@ def test_a_step_error_replays_with_the_same_tokens(transport: Transport) -> None
 
 @pytest.mark.parametrize("rank", [0, -1], ids=["first", "last"])
 @pytest.mark.parametrize("sizes", [{"tensor_parallel_size": 2}, {"pipeline_parallel_size": 3}], ids=["tp", "pp"])
-def test_ranks_out_of_step_are_not_used_again(sizes: dict[str, int], rank: int) -> None:
+def test_ranks_out_of_step_meet_again(sizes: dict[str, int], rank: int) -> None:
     """What one rank has not computed the others wait for; the next epoch's collectives would meet the old ones."""
 
     async def test() -> None:
-        async with fake_deployment(fake_config(data_parallel_size=2, max_num_seqs=4, **sizes)) as deployment:
+        async with fake_deployment(fake_config(max_num_seqs=4, **sizes)) as deployment:
             deployment.workers[0][rank].fail_at_step = 9
+            requests = [request([i, i + 1], 30, seed=i) for i in range(8)]
+            results = await asyncio.gather(*(collect(deployment.client.generate(one)) for one in requests))
+            for i, (tokens, _) in enumerate(results):
+                assert tokens == fake_tokens([i, i + 1], 30, seed=i)
+            assert not deployment.lost
+            assert [worker.num_meetings for worker in deployment.workers[0]] == [1] * len(deployment.workers[0])
+            await deployment.settled()
+
+    run(test())
+
+
+@pytest.mark.parametrize("sizes", [{"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}], ids=["tp", "pp"])
+def test_ranks_that_do_not_find_each_other_are_lost(sizes: dict[str, int]) -> None:
+    async def test() -> None:
+        config = fake_config(data_parallel_size=2, max_num_seqs=4, **sizes)
+        async with fake_deployment(config) as deployment:
+            worker = deployment.workers[0][1]
+            worker.fail_at_step, worker.load_error = 9, "the step under way did not end within 10 s"
             requests = [request([i, i + 1], 30, seed=i) for i in range(8)]
             results = await asyncio.gather(*(collect(deployment.client.generate(one)) for one in requests))
             for i, (tokens, _) in enumerate(results):
                 assert tokens == fake_tokens([i, i + 1], 30, seed=i)
             await until(lambda: bool(deployment.lost), "the loss is reported")
             assert deployment.lost[0][0] == 0
-            assert "out of step" in deployment.lost[0][1]
-            device = deployment.workers[0][rank].device
-            assert device is not None
-            assert device.epoch == 1
+            assert "rank 1" in deployment.lost[0][1]
+            assert "did not end within 10 s" in deployment.lost[0][1]
 
     run(test())
 

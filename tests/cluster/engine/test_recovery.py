@@ -242,7 +242,9 @@ def test_a_new_scheduler_does_not_wait_for_a_replica_that_loads(monkeypatch: pyt
 @pytest.mark.parametrize(
     "sizes", [{"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}], ids=["ranks apart", "stages"]
 )
-def test_ranks_that_may_be_out_of_step_are_not_taken_over(sizes: dict[str, int]) -> None:
+def test_ranks_that_may_be_out_of_step_meet_again(sizes: dict[str, int]) -> None:
+    """Under a new scheduler, with the weights they have."""
+
     async def test() -> None:
         async with fake_deployment(fake_config(**sizes), make_worker=Slow) as deployment:
             running = asyncio.create_task(collect(deployment.client.generate(request([1], 60))))
@@ -251,6 +253,23 @@ def test_ranks_that_may_be_out_of_step_are_not_taken_over(sizes: dict[str, int])
             device = deployment.workers[0][0].device
             assert device is not None
             device.step += 5 * ("tensor_parallel_size" in sizes)
+            await deployment.start_engine_anew()
+            assert (await running)[0] == fake_tokens([1], 60, seed=0)
+            assert [worker.num_meetings for worker in deployment.workers[0]] == [1, 1]
+            await deployment.settled()
+
+    run(test())
+
+
+def test_ranks_that_have_not_met_anew_are_not_taken_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the midst of another scheduler's steps they would add up what does not belong together."""
+
+    async def test() -> None:
+        async with fake_deployment(fake_config(tensor_parallel_size=2), make_worker=Slow) as deployment:
+            running = asyncio.create_task(collect(deployment.client.generate(request([1], 60))))
+            await under_way(deployment, 1)
+            await deployment.kill_engine()
+            monkeypatch.setattr("manta.cluster.engine.bringup.secrets.token_hex", lambda _: "")
             for _ in range(2):  # not the second time either: nothing has changed
                 with pytest.raises(WorkerError, match="in the midst of another scheduler's steps"):
                     await deployment.start_engine_anew()
