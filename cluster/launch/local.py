@@ -3,7 +3,7 @@
 import json
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import takewhile
 from pathlib import Path
 
@@ -62,9 +62,15 @@ class LocalLauncher:
         return [[child.wait_for_address(_SPAWN_TIMEOUT_S) for child in replica] for replica in self._workers]
 
     def replace_workers(self, config: ServeConfig, replica: int) -> list[str]:
-        for child in self._workers[replica]:
-            child.kill()
-        self._start_ranks(replica, config.num_ranks)
+        """Where some of its ranks have died, the others stay: they have their weights, and will meet the new ones."""
+        ranks = self._workers[replica]
+        living = [child for child in ranks if not (child.ended() or child.stopped())]
+        if len(living) in (0, len(ranks)):
+            living = []
+        for child in ranks:
+            if child not in living:
+                child.kill()
+        self._start_ranks(replica, config.num_ranks, living)
         self._stand_by(config, _STANDBY_DELAY_S)
         return [child.wait_for_address(_SPAWN_TIMEOUT_S) for child in self._workers[replica]]
 
@@ -79,11 +85,14 @@ class LocalLauncher:
         for child in children:
             child.join(_END_TIMEOUT_S)
 
-    def _start_ranks(self, replica: int, num_ranks: int) -> None:
+    def _start_ranks(self, replica: int, num_ranks: int, living: Sequence[ChildProcess] = ()) -> None:
+        """All of them, but for those that live."""
         with self._lock:
             self._check_not_stopped()
-            numbers = range(replica * num_ranks, (replica + 1) * num_ranks)
-            self._workers[replica] = [self._start_worker(number) for number in numbers]
+            kept = {rank: child for rank, child in enumerate(self._workers[replica]) if child in living}
+            self._workers[replica] = [
+                kept.get(rank) or self._start_worker(replica * num_ranks + rank) for rank in range(num_ranks)
+            ]
 
     def _start_worker(self, number: int) -> ChildProcess:
         """One that stood by, if there is one, else a new process. `_lock` is held."""

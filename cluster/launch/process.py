@@ -42,6 +42,7 @@ class ChildProcess:
         self._replies: Queue[str | None] = Queue()
         self._last_lines: deque[str] = deque(maxlen=20)
         self._error: str | None = None
+        self._address: str | None = None
         self._stopped_since_s: float | None = None
         self._process = subprocess.Popen(
             [sys.executable, "-m", module, *args],
@@ -62,6 +63,8 @@ class ChildProcess:
     def wait_for_address(self, timeout_s: float, why_vain: Callable[[], str | None] | None = None) -> str:
         """The words after MANTA_ADDRESS. Raises LaunchError if the child ends first or takes too long, or when
         `why_vain` says why it never will, which is asked a few times a second."""
+        if self._address is not None:
+            return self._address
         deadline_s = time.monotonic() + timeout_s
         while True:
             try:
@@ -75,6 +78,7 @@ class ChildProcess:
         if reply is None:
             self._process.wait(timeout=10)
             raise LaunchError(self._why_ended())
+        self._address = reply
         return reply
 
     def tell(self, line: str) -> None:

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -96,29 +96,52 @@ def test_only_frontends_get_the_keys_and_in_no_words_of_a_command(monkeypatch: p
     assert "sha256" not in words
 
 
-def test_a_worker_that_stands_by_takes_the_place_of_one_that_died(monkeypatch: pytest.MonkeyPatch) -> None:
-    children: list[Any] = []
+class FakeChild:
+    """A process that is told to be dead or alive."""
 
-    class Child:
-        def __init__(self, name: str, module: str, args: list[str], env: dict[str, str], **_: Any) -> None:
-            self.name, self.args, self.env, self.told, self.is_dead = name, args, env, "", False
-            children.append(self)
+    children: ClassVar[list["FakeChild"]] = []
 
-        def wait_for_address(self, timeout_s: float, why_vain: Any = None) -> str:
-            return self.name
+    def __init__(self, name: str, module: str, args: list[str], env: dict[str, str], **_: Any) -> None:
+        self.name, self.args, self.env, self.told, self.is_dead = name, args, env, "", False
+        self.children.append(self)
 
-        def tell(self, line: str) -> None:
-            self.told = line
+    def wait_for_address(self, timeout_s: float, why_vain: Any = None) -> str:
+        return f"{self.name}/{self.children.index(self)}"
 
-        def ended(self) -> str | None:
-            return "dead" if self.is_dead else None
+    def tell(self, line: str) -> None:
+        self.told = line
 
-        def kill(self) -> None:
-            self.is_dead = True
+    def ended(self) -> str | None:
+        return "dead" if self.is_dead else None
 
-    monkeypatch.setattr(local, "ChildProcess", Child)
+    def stopped(self) -> str | None:
+        return None
+
+    def kill(self) -> None:
+        self.is_dead = True
+
+
+@pytest.fixture
+def children(monkeypatch: pytest.MonkeyPatch) -> list[FakeChild]:
+    """All that have been started, on a host with GPUs 2 and 5; who is to stand by is started at once."""
+    monkeypatch.setattr(FakeChild, "children", [])
+    monkeypatch.setattr(local, "ChildProcess", FakeChild)
     monkeypatch.setattr(local, "_STANDBY_DELAY_S", 0.0)
     monkeypatch.setattr(local, "local_gpus", lambda: ["2", "5"])
+    return FakeChild.children
+
+
+def test_ranks_that_live_stay(children: list[FakeChild]) -> None:
+    config = ServeConfig(model="m", tensor_parallel_size=2)
+    launcher = LocalLauncher()
+    assert launcher.start_workers(config) == [["worker 0/0", "worker 1/1"]]
+    children[1].is_dead = True
+    assert launcher.replace_workers(config, 0) == ["worker 0/0", "worker 1/2"]
+    assert launcher.replace_workers(config, 0) == ["worker 0/3", "worker 1/4"]  # nobody is known to be dead
+    assert [child.is_dead for child in children] == [True, True, True, False, False]
+
+
+def test_a_worker_that_stands_by_takes_the_place_of_one_that_died(children: list[FakeChild]) -> None:
     config = ServeConfig(model="m", data_parallel_size=2, standby_workers=1)
     launcher = LocalLauncher()
     launcher.start_workers(config)
@@ -128,7 +151,7 @@ def test_a_worker_that_stands_by_takes_the_place_of_one_that_died(monkeypatch: p
     assert "--standby" in standby.args
     assert "CUDA_VISIBLE_DEVICES" not in standby.env
     children[1].is_dead = True
-    assert launcher.replace_workers(config, 1) == ["worker 1"]
+    assert launcher.replace_workers(config, 1) == ["worker 1/2"]
     assert json.loads(standby.told) == {"CUDA_VISIBLE_DEVICES": "5"}
     wait_until(lambda: len(children) == 4, 20, "another one stands by")
     children[3].is_dead = True
