@@ -1,8 +1,6 @@
 """Ray actors in placement groups: how a cluster runs Manta."""
 
 import contextlib
-import logging
-import socket
 import sys
 import threading
 import time
@@ -15,11 +13,11 @@ from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from manta.cluster.launch.actors import FrontendActor, SchedulerActor, WorkerActor
-from manta.cluster.launch.launcher import Death, FrontendAddress, LaunchError, Part, ray_address
+from manta.cluster.launch.launcher import Death, FrontendAddress, LaunchError, Part
 from manta.cluster.launch.placement import Placement, plan_placement
+from manta.cluster.launch.ray_cluster import first_line
 from manta.configs.schema import ServeConfig
 
-_CONNECT_TIMEOUT_S = 5.0
 _ACTOR_TIMEOUT_S = 120.0
 _LOAD_TIMEOUT_S = 3600.0
 _NEW_NODE_TIMEOUT_S = 1800.0  # at the start; later a replica waits for room as long as it is wanted
@@ -32,36 +30,6 @@ _WORKER = ray.remote(**_ACTOR_OPTIONS, max_concurrency=4)(WorkerActor)
 _SCHEDULER = ray.remote(**_ACTOR_OPTIONS)(SchedulerActor)
 _FRONTEND = ray.remote(**_ACTOR_OPTIONS)(FrontendActor)
 _OWN_OPTIONS = ("CPU", "GPU", "memory")  # resources that actors ask for by name
-_OBJECT_STORE_BYTES = 128 * 2**20  # nothing but actor arguments passes through it
-
-
-def connect(config: ServeConfig) -> None:
-    """Joins the cluster at --ray-address or RAY_ADDRESS, or starts one here. Raises LaunchError."""
-    address = ray_address(config)
-    if address:
-        _check_reachable(address)
-    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": True}
-    try:
-        if address:
-            ray.init(address=address, **quiet)
-        else:
-            ray.init(address="local", include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, **quiet)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        what = f"no Ray cluster at {address!r} can be joined" if address else "a local Ray cannot be started"
-        raise LaunchError(f"{what}: {_first_line(error)}") from None
-
-
-def _check_reachable(address: str) -> None:
-    """Raises LaunchError at once where ray.init would wait for minutes. "auto" is for Ray itself to resolve."""
-    if "://" in address:
-        raise LaunchError(f"Ray address {address!r} is a URL; give host:port of the head node, such as 127.0.0.1:6379")
-    host, _, port = address.rpartition(":")
-    if not port.isdigit():
-        return
-    try:
-        socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S).close()
-    except OSError as error:
-        raise LaunchError(f"no Ray cluster at {address!r} can be joined: {error.strerror or error}") from None
 
 
 class RayLauncher:
@@ -303,15 +271,10 @@ def _death(call: Any, part: Part, name: str) -> Death:
     try:
         ray.get(call, timeout=1)
     except RayTaskError as error:  # of an actor that lives and says itself what is wrong
-        return Death(_first_line(error.cause), part)
+        return Death(first_line(error.cause), part)
     except RayError as error:
-        return Death(f"{name} has died: {_first_line(error)}", part)
+        return Death(f"{name} has died: {first_line(error)}", part)
     return Death(f"{name} has ended", part)
-
-
-def has_gpus() -> bool:
-    """Whether the cluster has GPUs at all."""
-    return bool(ray.cluster_resources().get("GPU", 0))
 
 
 def _here() -> NodeAffinitySchedulingStrategy:
@@ -326,10 +289,6 @@ def _get(call: Any, timeout_s: float, what: str) -> Any:
     except GetTimeoutError:
         raise LaunchError(f"{what} did not come up within {timeout_s:.0f} s") from None
     except RayTaskError as error:
-        raise LaunchError(_first_line(error.cause)) from None
+        raise LaunchError(first_line(error.cause)) from None
     except RayActorError as error:
-        raise LaunchError(f"{what} could not start: {_first_line(error)}") from None
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
+        raise LaunchError(f"{what} could not start: {first_line(error)}") from None

@@ -82,12 +82,12 @@ class Supervisor:
         self._check(on_gpu=joins or bool(local_gpus()))
         if self._config.distributed_executor_backend == "local":
             return LocalLauncher(self._wake)
-        from manta.cluster.launch import on_ray
+        from manta.cluster.launch import on_ray, ray_cluster
 
         with self._timed("ray"):
-            on_ray.connect(self._config)
+            ray_cluster.connect(self._config)
         self._handle_signals()  # again: Ray's own handler of SIGTERM would end this process in the midst of streams
-        if joins and not on_ray.has_gpus():
+        if joins and not ray_cluster.has_gpus():
             self._check(on_gpu=False)
         return on_ray.RayLauncher(self._wake)
 

@@ -33,6 +33,7 @@ def _free_ports(count: int) -> list[str]:
 def dashboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A Ray cluster with a job server and token authentication, on ports of its own: others may run beside it."""
     tag = uuid.uuid4().hex
+    (tmp_path / "token").touch(0o600)
     (tmp_path / "token").write_text(secrets.token_hex(32))
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
