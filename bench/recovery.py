@@ -1,6 +1,6 @@
 """How long streams pause when processes of a server are killed or stopped: the longest time between two tokens.
 
-python bench/recovery.py [--rounds 3] [-- flags of manta serve]
+python bench/recovery.py [--rounds 3] [--rest-s 0] [-- flags of manta serve]
 """
 
 import argparse
@@ -10,6 +10,7 @@ import statistics
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 
@@ -47,22 +48,36 @@ def pauses(server: ServerProcess, module: str, number: signal.Signals) -> list[f
     for thread in threads:
         thread.start()
     wait_until(lambda: min(map(len, times)) > 20, 30, "tokens of every stream")
-    os.kill(next(pid for pid, command in server.processes().items() if module in command), number)
+    os.kill(busiest(pid for pid, command in server.processes().items() if module in command), number)
     for thread in threads:
         thread.join()
     return [max(after - before for before, after in pairwise(each)) for each in times]
 
 
+def busiest(pids: Iterable[int]) -> int:
+    """The process that has used most processor time: not one that stands by."""
+
+    def used(pid: int) -> int:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+        return int(fields[11]) + int(fields[12])
+
+    return max(pids, key=used)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rest-s", type=float, default=0.0, help="after each strike: --standby-workers need 10")
     parser.add_argument("flags", nargs="*")
     args = parser.parse_args()
     words = (str(DEMO_MODEL), "--distributed-executor-backend", "local", *QUICK, *args.flags)
     print("| what | streams | longest pause, s: median | worst |\n| --- | --- | --- | --- |")
     with ServerProcess(*words).wait_ready() as server:
         for what, module, number in STRIKES:
-            found = [pause for _ in range(args.rounds) for pause in pauses(server, module, number)]
+            found = []
+            for _ in range(args.rounds):
+                found += pauses(server, module, number)
+                time.sleep(args.rest_s)
             print(f"| {what} | {len(found)} | {statistics.median(found):.2f} | {max(found):.2f} |", flush=True)
 
 
