@@ -1,5 +1,6 @@
 """Keeps a deployment whole and as large as its load: looks, and decides what is started, added or taken away."""
 
+import os
 import time
 from collections.abc import Callable, Mapping
 
@@ -15,7 +16,9 @@ from manta.protos import engine_pb2 as pb
 from manta.protos import engine_pb2_grpc
 
 _CALL_TIMEOUT_S = 1.0
-_NUM_SILENT = 3  # calls that the scheduler may leave unanswered: it never blocks, but its host may be loaded
+_NUM_SILENT = 3  # calls that the scheduler may leave unanswered: it never blocks
+_NUM_SILENT_BUSY = 12  # the same on a host where processes wait for cores: it may only not have had its turn
+_BUSY_LOAD = 2.0  # processes that run or wait, for each core
 _TELL_WAIT_EVERY_S = 60.0
 
 
@@ -90,8 +93,8 @@ class Keeper:
             return broken, None
         load = self._load()
         self._num_silent = 0 if load is not None else self._num_silent + 1
-        if self._num_silent >= _NUM_SILENT:
-            broken[SCHEDULER] = f"the scheduler has not answered {_NUM_SILENT} calls of {_CALL_TIMEOUT_S:g} s"
+        if self._num_silent >= (_NUM_SILENT_BUSY if _is_host_busy() else _NUM_SILENT):
+            broken[SCHEDULER] = f"the scheduler has not answered {self._num_silent} calls of {_CALL_TIMEOUT_S:g} s"
         for replica, each in enumerate(load.replicas if load is not None else ()):
             if each.state == pb.ReplicaLoad.LOST:
                 broken.setdefault(("worker", replica), each.detail)
@@ -201,3 +204,8 @@ class Keeper:
         except grpc.RpcError:
             return None
         return load
+
+
+def _is_host_busy() -> bool:
+    """Of the last minute. The scheduler runs beside whoever keeps the deployment."""
+    return os.getloadavg()[0] > _BUSY_LOAD * len(os.sched_getaffinity(0))

@@ -276,11 +276,19 @@ def test_what_was_seen_before_a_repair_ended_begins_no_other(make: Callable[...,
     assert world.engine.done == ["replica 0 gets new:1"]
 
 
-def test_a_silent_scheduler_is_replaced(make: Callable[..., World], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("load", "num_calls"), [(0.0, 3), (1000.0, 12)])
+def test_a_silent_scheduler_is_replaced_later_where_the_host_is_busy(
+    make: Callable[..., World], monkeypatch: pytest.MonkeyPatch, load: float, num_calls: int
+) -> None:
     monkeypatch.setattr("manta.cluster.launch.keeper._CALL_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("os.getloadavg", lambda: (load, load, load))
     world = make()
     world.engine.silent = True
-    world.look_until(lambda: bool(world.engine.done))
+    for _ in range(num_calls - 1):
+        world.keeper.look()
+    world.settle()
+    assert world.engine.done == []
+    world.keeper.look()
     world.settle()
     assert world.engine.done == ["scheduler for [['old:0'], ['old:1']]"]
 
