@@ -46,9 +46,10 @@ class State:
         ]
 
     async def health(self, request: Request) -> Response:
-        """200 while the engine answers and is healthy, 503 with the reason otherwise."""
-        await check_health(self._service)
-        return json_response({"status": "ok"})
+        """200 while the engine answers and is healthy, 503 with the reason otherwise. What is wrong with replicas
+        beside others that serve is told, too."""
+        detail = await check_health(self._service)
+        return json_response({"status": "ok"} | ({"detail": detail} if detail else {}))
 
     async def live(self, request: Request) -> Response:
         """200 while this process answers at all: what tells whether to restart it."""
@@ -101,8 +102,8 @@ class State:
         }
 
 
-async def check_health(service: Service) -> None:
-    """Raises RequestError (UNAVAILABLE) saying what is wrong."""
+async def check_health(service: Service) -> str:
+    """What is wrong with some replica, "" if nothing is. Raises RequestError (UNAVAILABLE) when none serves."""
     try:
         load = await answer_in_time(service.client.load())
     except EngineError as error:
@@ -110,6 +111,7 @@ async def check_health(service: Service) -> None:
     if not load.healthy:
         message = load.detail or "the engine is not healthy"
         raise RequestError(message, code="engine_unhealthy", kind=Kind.UNAVAILABLE)
+    return load.detail
 
 
 async def answer_in_time(answer: Awaitable[T]) -> T:

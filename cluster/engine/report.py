@@ -63,14 +63,19 @@ class Reporter:
             num_blocks=num_blocks,
             kv_cache_usage=1.0 - num_free / num_blocks if num_blocks else 0.0,
             num_waiting_tokens=self._scheduler.num_waiting_tokens,
-            # Without any replica all is well only where that is as it should be.
-            healthy=is_served or (not lost and self._config.min_num_replicas == 0),
+            healthy=is_served or self._may_be_idle(replicas),
             detail="; ".join(lost) or ("draining" if draining else ""),
             num_background=self._scheduler.num_of_priority(BACKGROUND),
             replicas=replicas,
             oldest_wait_s=self._oldest_wait_s(),
             num_arrived=self._publisher.num_arrived % 2**32,
         )
+
+    def _may_be_idle(self, replicas: list[pb.ReplicaLoad]) -> bool:
+        """Without any replica all is well only where that is as it should be, and one can come."""
+        states = {each.state for each in replicas}
+        is_quiet = states <= {pb.ReplicaLoad.ABSENT, pb.ReplicaLoad.GIVEN_UP} and pb.ReplicaLoad.ABSENT in states
+        return is_quiet and self._config.min_num_replicas == 0
 
     def _oldest_wait_s(self) -> float:
         arrival_s = self._scheduler.first_arrival_s()

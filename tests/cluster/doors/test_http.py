@@ -155,6 +155,8 @@ def test_state_endpoints(engine: FakeClient, http: httpx.Client) -> None:
     assert http.get("/block_tables").json()["sequences"][0]["request_id"] == "seen"
     assert "seen" in http.get("/block_tables?format=text").text
     assert http.get("/block_tables?format=xml").json()["error"]["param"] == "format"
+    engine.detail = "replica 1: worker 1 is lost"
+    assert http.get("/health").json() == {"status": "ok", "detail": "replica 1: worker 1 is lost"}
     engine.healthy, engine.detail = False, "worker 1 is lost"
     response = http.get("/health")
     assert (response.status_code, response.json()["error"]["message"]) == (503, "worker 1 is lost")

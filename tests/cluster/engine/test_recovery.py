@@ -301,6 +301,9 @@ def test_replicas_come_and_go(monkeypatch: pytest.MonkeyPatch) -> None:
             await engine.retire(1)
             assert (engine.scheduler.num_running, engine.scheduler.num_waiting) == (0, 8)
             assert engine.load().healthy
+            engine.give_up(0, "no GPU")
+            assert engine.load().healthy, "another one can come"
+            assert engine.load().detail == "replica 0: no GPU"
             late = asyncio.create_task(collect(client.generate(request([50], 5))))
             await until(lambda: engine.scheduler.num_waiting == 9, "it waits")
             await deployment.add(0)
