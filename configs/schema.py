@@ -158,6 +158,12 @@ class ServeConfig(BaseModel):
         ge=0,
         le=64,
     )
+    worker_lease: float = option(
+        180.0,
+        "Front end",
+        "seconds without a word of the scheduler after which a worker ends; frontends wait 120 for a scheduler",
+        ge=5.0,
+    )
     batch_dir: str | None = option(
         None, "Batches", "folder on a local disk for /v1/files and /v1/batches, which do not exist without it"
     )

@@ -8,16 +8,16 @@ from contextlib import contextmanager
 
 logger = logging.getLogger(__name__)
 
-LEASE_S = 180.0  # longer than frontends wait for a scheduler that is started again
+LEASE_S = 180.0  # before Load brings the configured one; longer than frontends wait for a scheduler
 _CHECK_S = 5.0
 
 
 class Lease:
-    """Lapses when nothing was heard for `lease_s` since the first call. Thread-safe."""
+    """Lapses when nothing was heard for `length_s` since the first call. Thread-safe."""
 
-    def __init__(self, on_lapse: Callable[[], None], lease_s: float = LEASE_S, check_s: float = _CHECK_S) -> None:
+    def __init__(self, on_lapse: Callable[[], None], length_s: float = LEASE_S, check_s: float = _CHECK_S) -> None:
         self._on_lapse = on_lapse
-        self._lease_s = lease_s
+        self.length_s = length_s
         self._check_s = check_s
         self._heard_s = time.monotonic()
         self._num_calls = 0  # under way: Load may take long
@@ -49,9 +49,9 @@ class Lease:
         self._ended.set()
 
     def _watch(self) -> None:
-        while not self._ended.wait(self._check_s):
+        while not self._ended.wait(min(self._check_s, self.length_s)):
             silent_s = time.monotonic() - self._heard_s
-            if silent_s > self._lease_s and not self._num_calls:
+            if silent_s > self.length_s and not self._num_calls:
                 logger.error("no scheduler was heard for %.0f s: this worker ends", silent_s)
                 self._on_lapse()
                 return

@@ -182,6 +182,7 @@ class WorkerService(WorkerServicer):
         try:
             self._name = f"tp rank {request.tp_rank} of stage {request.pp_rank}"
             config = ServeConfig.model_validate_json(request.config_json)
+            self._lease.length_s = config.worker_lease
             placement = self._place(request)
             self._loaded = self._compute.call(partial(load_rank, config, placement, tuple(request.peers)))
         except Exception:

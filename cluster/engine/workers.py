@@ -62,10 +62,15 @@ class WorkerGroup:
         await asyncio.gather(*(self._check_rank(rank, timeout_s) for rank in range(len(self.addresses))))
 
     async def _check_rank(self, rank: int, timeout_s: float) -> None:
-        try:
-            await self.stubs[rank].Describe(pb.DescribeRequest(), timeout=timeout_s)
-        except grpc.aio.AioRpcError as error:
-            raise self.error(rank, error) from None
+        """Twice: where something between has dropped the connections, the first call finds that out, and the second one
+        connects anew."""
+        for is_last in (False, True):
+            try:
+                await self.stubs[rank].Describe(pb.DescribeRequest(), timeout=timeout_s)
+                return
+            except grpc.aio.AioRpcError as error:
+                if is_last or error.code() is not grpc.StatusCode.UNAVAILABLE:
+                    raise self.error(rank, error) from None
 
     async def close(self) -> None:
         for channel in self._channels:
