@@ -9,8 +9,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from manta.cluster.engine.client import EngineClient
+from manta.cluster.engine.engine import Engine
 from manta.cluster.engine.types import Beams, GenerationRequest
 from manta.configs.schema import ServeConfig
+from manta.scheduler.move_cost import MoveFigures
 from tests.support.fake_deployment import fake_config, request
 from tests.support.fake_worker_server import fake_record, fake_tokens
 from tests.support.simulation.cluster import Cluster, Sizes, simulated
@@ -146,6 +148,7 @@ class _Play:
     def __init__(self, story: Story, seed: int) -> None:
         self._story = story
         self._rng = random.Random(f"{seed} plays")
+        self._moves = random.Random(f"{seed} moves")
         self._network = Network(random.Random(f"{seed} travels"))
         self._clients: list[tuple[Process, EngineClient]] = []
         self._cluster: Cluster
@@ -162,8 +165,11 @@ class _Play:
         self._clients = [await self._cluster.connect(f"client {i}") for i in range(story.num_clients)]
         reading = [self._clients[ask.client][0].spawn(self._ask(ask)) for ask in story.asks]
         disturbing = [asyncio.create_task(self._disturb(at_s, what)) for at_s, what in story.faults]
+        stirring = asyncio.create_task(self._stir())
         await asyncio.gather(*disturbing)
         results = await asyncio.gather(*reading, return_exceptions=True)
+        stirring.cancel()
+        await asyncio.gather(stirring, return_exceptions=True)
         for ask, result in zip(story.asks, results, strict=True):
             if not self._clients[ask.client][0].is_alive:
                 continue
@@ -172,6 +178,21 @@ class _Play:
             self._compare(ask)
         await self._cluster.settled()
         self._check_books()
+
+    async def _stir(self) -> None:
+        """Where there are several replicas, sequences move between them all the time, for no reason."""
+        while self._story.config.data_parallel_size > 1:
+            await asyncio.sleep(0.04)
+            scheduler, engine = self._cluster.scheduler, self._cluster.engine
+            if engine is not None and scheduler.is_alive and not scheduler.is_stopped:
+                scheduler.spawn(self._move_one(engine))
+
+    async def _move_one(self, engine: Engine) -> None:
+        engine._mover.meter.figures = lambda: MoveFigures(1, 1e9, 0.0, 1.0)  # type: ignore[method-assign]
+        running = [each for replica in engine.scheduler._replicas for each in replica.residents.values()]
+        if running:
+            engine.scheduler.moves.wish([self._moves.choice(running)])
+            engine._mover._begin()
 
     async def _ask(self, ask: Ask) -> None:
         await asyncio.sleep(ask.at_s)
