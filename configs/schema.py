@@ -226,6 +226,8 @@ class ServeConfig(BaseModel):
                 f"min_replicas={lowest}, data_parallel_size={start} (replicas at the start) and max_replicas={highest} "
                 f"must not decrease"
             )
+        if self.standby_workers and self.distributed_executor_backend != "local":
+            raise ValueError("standby_workers are plain processes; they need distributed_executor_backend=local")
 
     def _check_tls(self) -> None:
         for name in ("ssl_keyfile", "ssl_ca_certs", "ssl_cert_reqs"):

@@ -153,7 +153,7 @@ class Trials:
         """In an empty replica, if there is one or will be one: others should not suffer."""
         if not self._replicas[index].residents:
             return True
-        others = (each for each in self._replicas if each.index != index and each.index not in self._closed)
+        others = (each for each in self._replicas if each.index not in self._closed and each.accepts)
         return not self._expected and all(other.residents for other in others)
 
     def _look_for_good(self, index: int) -> None:

@@ -105,6 +105,7 @@ class Engine:
         if self._loops[index].lost_reason is None:
             await self._mover.evacuate(index)
         await self._end_loop(self._loops[index], _ABSENT)
+        self.scheduler.give_up_replica(index)
         group = self.deployment.groups[index]
         self.deployment.groups[index] = WorkerGroup([], group.output_rank)
         self._loops[index] = self._new_loop(index)

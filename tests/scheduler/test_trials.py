@@ -173,3 +173,29 @@ def test_a_suspect_can_be_aborted_while_it_waits() -> None:
     assert {id: end.reason for id, end in deployment.finished.items()} == {
         0: "abort", 1: "abort", 2: "length", 3: "length",
     }  # fmt: skip
+
+
+def test_a_replica_that_is_never_there_again_is_not_waited_for() -> None:
+    """Its suspect is let in where others run, once it is known to be given up."""
+    small = capacity(max_num_seqs=4)
+    deployment = Poisoned(small, small, breaks=lambda worker, replica: False)
+    for id in range(4):
+        deployment.add(request(id, prompt(1, id), 50))
+    deployment.send(1)
+    suspect = request(9, prompt(2, 9), 5)
+    deployment.add(suspect)
+    for _ in range(2):
+        while deployment.send(0) is not None:
+            pass
+        deployment.fail(0)
+    deployment.fail(0)
+    deployment.scheduler.close_replica(0)
+    deployment.scheduler._trials.expect(0, will_come=True)
+    for _ in range(6):
+        deployment.step(1)
+    waiting = list(deployment.scheduler._trials.waiting)
+    assert waiting
+    deployment.scheduler.give_up_replica(0)
+    deployment.run(replicas=[1])
+    assert not deployment.scheduler._trials.waiting
+    assert {id: end.reason for id, end in deployment.finished.items()} == dict.fromkeys(deployment.requests, "length")

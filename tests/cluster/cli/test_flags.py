@@ -65,6 +65,7 @@ def test_weights_of_tenants(text: str) -> None:
         ("m --max-num-seqs 0", ["--max-num-seqs", "greater than or equal to 1", "'0'"]),
         ("m --dtype int4", ["--dtype", "bfloat16", "'int4'"]),
         ("m --block-size 24", ["block_size=24", "power of two"]),
+        ("m --standby-workers 1", ["standby_workers", "distributed_executor_backend=local"]),
         ("m --max-num-seqs 4096", ["max_num_batched_tokens=2048", "max_num_seqs=4096"]),
         ("m --port 80 --grpc-port 80", ["must differ"]),
         ("m --tenant-weights a=2", ["tenant_weights", "scheduling_policy=fair"]),

@@ -142,7 +142,7 @@ def test_ranks_that_live_stay(children: list[FakeChild]) -> None:
 
 
 def test_a_worker_that_stands_by_takes_the_place_of_one_that_died(children: list[FakeChild]) -> None:
-    config = ServeConfig(model="m", data_parallel_size=2, standby_workers=1)
+    config = ServeConfig(model="m", data_parallel_size=2, standby_workers=1, distributed_executor_backend="local")
     launcher = LocalLauncher()
     launcher.start_workers(config)
     launcher.open_frontends(config, "here")
