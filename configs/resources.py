@@ -38,7 +38,7 @@ def _of_text(text: str) -> object:
 
 def _amount(name: str, value: object) -> float:
     if name == "GPU":
-        raise ValueError("GPU is not to be given: a worker has one GPU, or computes on the CPU with device=cpu")
+        raise ValueError("a GPU is not to be asked for: every worker has one, or computes on the CPU with device=cpu")
     try:
         amount = float(value)  # type: ignore[arg-type]  # whatever float cannot read is refused
     except (TypeError, ValueError):

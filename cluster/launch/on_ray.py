@@ -57,8 +57,9 @@ class RayLauncher:
         self._placement = plan_placement(config, nodes)
         self._groups = [None] * config.max_num_replicas
         self._workers = [[] for _ in self._groups]
-        for replica in range(config.num_replicas_at_start):
-            self._place(config, replica, _NEW_NODE_TIMEOUT_S)
+        replicas = range(config.num_replicas_at_start)
+        for replica, group in [(replica, self._ask_for_room(replica)) for replica in replicas]:  # nodes come for all
+            self._place(config, replica, group, _NEW_NODE_TIMEOUT_S)
         calls = [[worker.start.remote() for worker in replica] for replica in self._workers]
         return [_get(replica, _ACTOR_TIMEOUT_S, "the workers") if replica else [] for replica in calls]
 
@@ -66,7 +67,7 @@ class RayLauncher:
         """In a placement group of its own, as the node of the old one may be gone. One that is pending makes Ray's
         autoscaler add nodes, so it is waited for."""
         self.stop_workers(replica)
-        self._place(config, replica, None)
+        self._place(config, replica, self._ask_for_room(replica), None)
         calls = [worker.start.remote() for worker in self._workers[replica]]
         if not calls:
             raise LaunchError(f"the workers of replica {replica} are not wanted any more")
@@ -84,12 +85,16 @@ class RayLauncher:
         if group is not None:
             ray.util.remove_placement_group(group)
 
-    def _place(self, config: ServeConfig, replica: int, timeout_s: float | None) -> None:
-        """Makes the actors of a replica's ranks."""
+    def _ask_for_room(self, replica: int) -> PlacementGroup:
         placement = self._placement
         with self._lock:
             self._check_not_stopped()
             group = self._groups[replica] = placement_group(placement.bundles, strategy=placement.strategy)
+        return group
+
+    def _place(self, config: ServeConfig, replica: int, group: PlacementGroup, timeout_s: float | None) -> None:
+        """Makes the actors of a replica's ranks."""
+        placement = self._placement
         self._wait_for_room(group, replica, timeout_s)
         with self._lock:
             self._check_wanted(group, replica)

@@ -101,7 +101,7 @@ def test_all_workers_find_a_share_of_a_cpu(cpus: list[int], num_bundles: int, nu
     ("text", "message"),
     [
         ("CPU", "must be written as name=amount"),
-        ("GPU=1", "a worker has one GPU"),
+        ("GPU=1", "every worker has one"),
         ("CPU=-1", "an amount is a number above 0"),
         ("CPU=1.5", "whole numbers only"),
         ("{", "resources are no JSON"),
