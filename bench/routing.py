@@ -36,7 +36,7 @@ POLICIES = ["round robin", "least loaded", "first come", "manta"]
 class Outcome:
     hit_rate: float
     ttft_s: NDArray[np.float64]
-    plan_us: float  # real time of plans, per step
+    plan_us: float  # processor time of plans, per step
 
 
 def read_requests(path: Path, num_requests: int, shrink: int) -> list[tuple[float, Request]]:

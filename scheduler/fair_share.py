@@ -25,7 +25,8 @@ _KEPT_SHARE = 4  # such a part of the budget goes to prompts of other tenants, i
 _KEPT_ROOM_SHARE = 32  # such a part of slots and blocks is for light tenants
 _MAX_ROOM_SHARE = 8  # and at most such a part, however few there are; more is not taken from others
 _TARGET_SHARE = 0.7  # of a light tenant's prompt: so long is a step of others
-_MIN_TARGET_SHARE = 8  # such a part of the budget at least: shorter steps would mostly be what a step costs anyway
+_MIN_TARGET = 256  # tokens, or such a part of the budget: shorter steps would mostly be what a step costs anyway
+_MIN_TARGET_SHARE = 8
 
 
 class FairShare:
@@ -47,7 +48,8 @@ class FairShare:
         if meter.light_prompt is None:
             self._target, self._num_kept_blocks = None, 0
             return
-        target = max(int(meter.light_prompt * _TARGET_SHARE), capacity.max_num_batched_tokens // _MIN_TARGET_SHARE)
+        least = min(capacity.max_num_batched_tokens // _MIN_TARGET_SHARE, _MIN_TARGET)
+        target = max(int(meter.light_prompt * _TARGET_SHARE), least)
         self._target = min(target, capacity.max_num_batched_tokens)
         self._num_kept_blocks = _part(capacity.num_blocks, blocks_for(2 * int(meter.light_prompt), capacity.block_size))
 

@@ -8,6 +8,9 @@ rule of ski rental (Karlin et al., "Competitive snoopy caching", 1988), by which
 costs at most twice the best choice. Time is counted in the tokens that the waiting replica plans meanwhile. A replica
 that has nothing to do passes over a request only for one that has room for it now.
 
+Tokens of a cached prefix weigh more than others where replicas are compared, for the copy that computing them again
+makes takes the place of what others would have found; not where waiting is, or a hot prefix would hold replicas idle.
+
 Estimates only decide where to look: what is really cached, and whether there is room, admission finds out.
 """
 
@@ -18,6 +21,7 @@ from manta.scheduler.waiting import WaitingQueue
 
 MAX_PASSED = 8  # requests in one plan that others behind them may overtake
 _STEP_SHARE = 16  # a step without prompts takes about as long as such a share of its token budget
+_CACHED_WEIGHT = 3  # what is computed again also takes blocks, in which others would find their prefix
 _HELD_SHARE = 32  # so many tokens that running sequences hold weigh as much as one to compute
 
 
@@ -84,7 +88,7 @@ class Placement:
         if saved <= 0:
             return True
         waited = self._clocks[here] - sequence.passed_at.setdefault(here, self._clocks[here])
-        if waited >= saved:
+        if _CACHED_WEIGHT * waited >= saved:
             return True
         if has_room:
             num_new = len(sequence.tokens) - cached[best]
@@ -102,7 +106,8 @@ class Placement:
         for other in range(len(self._replicas)):
             if other == here or other in self.closed or not self._replicas[other].accepts:
                 continue
-            saved = cached[other] - cached[here] - self._step_tokens  # it plans later
+            weight = 1 if is_light else _CACHED_WEIGHT
+            saved = weight * (cached[other] - cached[here]) - self._step_tokens  # it plans later
             has_room = self._has_room(other, len(sequence.tokens) - cached[other])
             if is_light:  # it does not queue behind what a replica has, but for what is in flight
                 saved -= sum(step.num_tokens for step in self._replicas[other].in_flight)

@@ -52,10 +52,10 @@ def test_a_light_tenants_prompt_has_the_next_step_to_itself() -> None:
     deployment = noisy_beside_light()
     deployment.send()
     deployment.add(request(1001, 500, 2, tenant="light"))
-    while deployment.send() is not None:
-        pass
-    deployment.deliver()
     plan = deployment.send()
+    if plan is None:  # what is in flight is long enough
+        deployment.deliver()
+        plan = deployment.send()
     assert plan is not None
     assert [len(add.tokens) for add in plan.adds] == [500]
     assert plan.num_tokens - plan.num_decodes == 500
