@@ -268,10 +268,11 @@ class Scheduler:
         for sequence in reversed([each for each in leaders_of(waiting) if not self._trials.takes(each)]):
             self._queue.push_front(sequence)
 
-    def fail_replica(self, replica: int, reason: str, workers: int = 0) -> Events:
+    def fail_replica(self, replica: int, reason: str, workers: int = 0, num_steps: int | None = None) -> Events:
         """As `close_replica`, for one that has failed while it ran what it had. Requests that are to blame end with an
-        error (see `trials`); the others go on. `workers`: another number whenever the replica has new ones."""
-        convicted = self._trials.judge(replica, workers, others_wait=bool(self._queue))
+        error (see `trials`); the others go on. `workers`: another number whenever the replica has new ones. num_steps:
+        so many of its unanswered plans, the oldest ones, can have to do with the failure; None for all."""
+        convicted = self._trials.judge(replica, workers, num_steps, others_wait=bool(self._queue))
         requests = [member.request for unit in convicted for member in members_of(unit)]
         requests += [request for unit in convicted if isinstance(unit, Group) for request in listening(unit)]
         self.close_replica(replica)

@@ -13,6 +13,7 @@ What is suspected together stands together: the samples of a prompt, the beams o
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import islice
 
 from manta.scheduler.group import Group
 from manta.scheduler.replica import Replica
@@ -48,15 +49,15 @@ class Trials:
         self._num_good = [0] * len(replicas)  # by replica: how often others were seen to get on
         self._num_in_a_row = [0] * len(replicas)  # failures since then
 
-    def judge(self, index: int, workers: int, *, others_wait: bool) -> list[Unit]:
+    def judge(self, index: int, workers: int, num_steps: int | None, *, others_wait: bool) -> list[Unit]:
         """The replica has failed, and still has what it had then. Returns who is convicted of it. `workers` is another
-        number whenever it has new ones."""
+        number whenever it has new ones. num_steps: so many of the steps, the oldest ones, may have to do with it."""
         replica = self._replicas[index]
         self._expected.add(index)
         self._forget_ended()
         self._look_for_good(index)
         trial = self._under_way.pop(index, None)
-        lengths = _in_flight(replica)
+        lengths = _in_flight(replica, num_steps)
         for unit, num_tokens in lengths.items():
             self._note(unit, num_tokens, index, workers)
         suspects = [unit for unit in lengths if self._is_suspect(unit)]
@@ -190,10 +191,10 @@ def _margin(replica: Replica) -> int:
     return replica.capacity.max_in_flight
 
 
-def _in_flight(replica: Replica) -> dict[Unit, int]:
-    """Who is part of steps that are not answered, with the most tokens that one of them has."""
+def _in_flight(replica: Replica, num_steps: int | None) -> dict[Unit, int]:
+    """Who is part of the first steps that are not answered, with the most tokens that one of them has."""
     lengths: dict[Unit, int] = {}
-    for step in replica.in_flight:
+    for step in islice(replica.in_flight, num_steps):
         slots: Iterable[int] = (*step.rows.slots.tolist(), *step.prefills)
         for slot in slots:
             sequence = replica.residents.get(slot)

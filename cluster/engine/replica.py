@@ -11,7 +11,7 @@ from itertools import count
 from manta.cluster.engine.codec import Reply, encode_plan
 from manta.cluster.engine.epoch import EpochStreams
 from manta.cluster.engine.metrics import ReplicaMetrics
-from manta.cluster.engine.workers import WorkerError, WorkerGroup
+from manta.cluster.engine.workers import SILENT_S, WorkerError, WorkerGroup
 from manta.scheduler.scheduler import Scheduler
 from manta.scheduler.types import Events, WrongResultError
 
@@ -106,7 +106,8 @@ class ReplicaLoop:
             except WorkerError as error:
                 logger.warning("replica %d: epoch ended: %s", self.index, error)
                 self.trouble = str(error)
-                events = self._scheduler.fail_replica(self.index, error.reason, self._workers_number)
+                num_steps = self._num_sent_before_silence() if error.was_silent else None
+                events = self._scheduler.fail_replica(self.index, error.reason, self._workers_number, num_steps)
                 if any(finished.error for finished in events.finished):  # it was not the workers' fault
                     self._failed_epochs, self._num_steps = -1, 0
                 self._publish(events, self.index)
@@ -114,6 +115,11 @@ class ReplicaLoop:
                 self.metrics.awaits_recovery = True
                 on_requeue()
                 self.lost_reason = await self._why_lost(error, meet_again)
+
+    def _num_sent_before_silence(self) -> int:
+        """Later ones are not why nothing is heard of the workers: these may be cut off, and all of them at once."""
+        began_s = time.perf_counter() - SILENT_S
+        return sum(sent.sent_s < began_s for sent in self._in_flight)
 
     async def _why_lost(self, error: WorkerError, meet_again: Callable[[], Awaitable[None]]) -> str | None:
         """None when another epoch is worth trying."""

@@ -5,6 +5,7 @@ import asyncio
 import grpc
 import grpc.aio
 
+from manta.cluster.links import NUM_SILENT
 from manta.cluster.streams import LinkAddress, Stream, link_address, open_stream
 from manta.protos import worker_pb2 as pb
 from manta.protos import worker_pb2_grpc
@@ -18,6 +19,7 @@ CHANNEL_OPTIONS = (
     ("grpc.use_local_subchannel_pool", 1),  # ranks of different groups never share a connection
 )
 _PING_EVERY_S = 0.4  # a stopped worker is noticed within 2 s. Its threads answer while it computes
+SILENT_S = (NUM_SILENT - 1) * _PING_EVERY_S  # so long, at least, is a worker silent that is taken for lost
 _RUN = f"/{pb.DESCRIPTOR.services_by_name['Worker'].full_name}/Run"
 
 

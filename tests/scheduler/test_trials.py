@@ -23,13 +23,14 @@ class Poisoned(Deployment):
         if self.is_process_killed:
             self.generation = self.num_failures
         self.workers[replica] = FakeWorker(self.capacities[replica], self.workers[replica].vocab_size)
-        events = self.scheduler.fail_replica(replica, "out of order", self.generation)
+        events = self.scheduler.fail_replica(replica, "out of order", self.generation, self.num_steps_to_blame)
         self._hear(events)
         self.scheduler.check()
         self.scheduler.open_replica(replica)
         return events
 
     generation = 0
+    num_steps_to_blame: int | None = None
 
     def run_until_done(self, max_failures: int = 20) -> None:
         num_replicas = len(self.workers)
@@ -92,6 +93,20 @@ def test_two_poisonous_requests() -> None:
         deployment.add(request(id, prompt(19 if id in (0, 1) else 1, id), 10))
     deployment.run_until_done(max_failures=10)
     check(deployment, {0, 1})
+
+
+def test_who_came_when_nothing_was_heard_any_more_is_not_to_blame() -> None:
+    """A request that is given to workers that are cut off, one after the other: none can have heard of it."""
+    deployment = Poisoned(*[capacity()] * 3, breaks=lambda worker, replica: False)
+    deployment.num_steps_to_blame = 0
+    deployment.add(request(0, prompt(19, 0), 10))
+    for number in range(9):
+        replica = number % 3
+        while deployment.send(replica) is not None:
+            pass
+        assert not deployment.fail(replica).finished
+    deployment.run_until_done()
+    check(deployment, set())
 
 
 def test_one_that_has_nobody_beside_it_is_ended_when_new_workers_have_failed_too() -> None:
