@@ -180,7 +180,10 @@ class Repairs:
             self.tell_given_up(index, reason)
         with self.changed:
             given_up = self.failures.give_up(part, reason, self._clock())
-        tell(f"{name_of(part)} is given up: {reason}" + (_again(given_up.rest_s) if part != SCHEDULER else ""))
+        tell(
+            f"{name_of(part)} is given up: {reason.rstrip('.')}"
+            + ("" if part == SCHEDULER else _again(given_up.rest_s))
+        )
 
     def tell_given_up(self, replica: int, reason: str) -> None:
         """Tells the scheduler, which ends all requests when no other replica is left. Needs no `changed`."""
