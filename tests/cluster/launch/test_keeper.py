@@ -316,6 +316,22 @@ def test_what_dies_too_often_within_a_minute_is_given_up(make: Callable[..., Wor
     assert world.engine.done[-1] == f"replica 0 is given up: {world.over}"
 
 
+def test_failures_that_requests_are_to_blame_for_do_not_count(make: Callable[..., World]) -> None:
+    """The scheduler says so; a failure of the replica's own still counts."""
+    world = make(data_parallel_size=1)
+    for num_excused in (0, 1, 2, 3, 4, 4):
+        world.now_s += 1.0
+        world.engine.replicas[0].num_excused = num_excused
+        world.launcher.dead["worker", 0] = "worker 0 was killed"
+        world.look_until(lambda: not world.launcher.dead)
+        world.settle()
+        assert world.over is None
+    world.engine.replicas[0].num_excused = 4
+    world.launcher.dead["worker", 0] = "worker 0 was killed"
+    world.look_until(lambda: world.over is not None)
+    assert world.over == "worker 0 was killed (3 times within 60 s)"
+
+
 def test_others_go_on_when_one_is_given_up(make: Callable[..., World]) -> None:
     world = make(restart_limit=1)
     world.launcher.dead["worker", 0] = "worker 0 was killed"
