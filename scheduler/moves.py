@@ -21,6 +21,7 @@ from manta.scheduler.rebalance import Rebalancer
 from manta.scheduler.replica import Replica
 from manta.scheduler.room import has_room, is_movable, spare_blocks
 from manta.scheduler.sequence import Sequence, Status
+from manta.scheduler.trials import Trials
 from manta.scheduler.types import Counters
 from manta.scheduler.waiting import WaitingQueue
 
@@ -30,11 +31,14 @@ MAX_TOGETHER = 4  # sequences that leave a replica at once: the others run meanw
 class Moves:
     """Owns the sequences that are in no replica. `closed`: replicas that nobody plans."""
 
-    def __init__(self, replicas: list[Replica], queue: WaitingQueue, counters: Counters, closed: set[int]) -> None:
+    def __init__(
+        self, replicas: list[Replica], queue: WaitingQueue, counters: Counters, closed: set[int], trials: Trials
+    ) -> None:
         self._replicas = replicas
         self._queue = queue
         self._counters = counters
         self._closed = closed
+        self._trials = trials  # nobody moves to or from a replica where one is under way
         self._rebalancer = Rebalancer(replicas, closed, MAX_TOGETHER)
         self._wishes: list[Wish] = []
         self._under_way: dict[int, Move] = {}
@@ -53,7 +57,7 @@ class Moves:
     def wish(self, sequences: Iterable[Sequence], target: int | None = None) -> None:
         """Freezes running sequences of one replica, to move them; those that cannot move run on."""
         frozen = [sequence for sequence in sequences if is_movable(self._replicas, sequence)]
-        if not frozen:
+        if not frozen or self._trials.is_under_way(frozen[0].replica):
             return
         replica = self._replicas[frozen[0].replica]
         for sequence in frozen:
@@ -65,6 +69,10 @@ class Moves:
         """Whether there is a replica that could take what another one has."""
         others = (each for each in self._replicas if each.index != source and each.index not in self._closed)
         return any(each.accepts for each in others)
+
+    def stay(self, source: int) -> None:
+        """The replica does not go after all."""
+        self._replicas[source].accepts = True
 
     def evacuate(self, source: int) -> None:
         """The replica is about to go: it takes no new requests, and what it has moves away, a few at a time."""
@@ -175,8 +183,11 @@ class Moves:
     def _targets(self, source: Replica, sequence: Sequence) -> list[Replica]:
         """Replicas that have room for it, whatever they have cached."""
         num_blocks = blocks_for(source.num_tokens(sequence) + 1, source.capacity.block_size)
-        others = (each for each in self._replicas if each is not source and each.index not in self._closed)
+        others = (each for each in self._replicas if each is not source and self._may_take(each))
         return [each for each in others if has_room(each, num_blocks)]
+
+    def _may_take(self, target: Replica) -> bool:
+        return target.index not in self._closed and not self._trials.is_under_way(target.index)
 
     def _begin(self, wish: Wish, figures: MoveFigures) -> list[Move]:
         """Each goes where most of it is cached, or most is free; whoever finds no room runs on where it is."""
@@ -211,7 +222,7 @@ class Moves:
         best: tuple[tuple[int, int], Replica, list[int]] | None = None
         num_blocks = blocks_for(source.num_tokens(sequence) + 1, source.capacity.block_size)
         for target in self._replicas:
-            if target is source or target.index in self._closed or wish.target not in (None, target.index):
+            if target is source or wish.target not in (None, target.index) or not self._may_take(target):
                 continue
             cached = target.find_prefix(sequence)[:num_full]
             num_new = num_blocks - len(cached) + target.pool.num_unreferenced(cached)

@@ -89,8 +89,8 @@ class Scheduler:
         ]
         self._placement = Placement(self._replicas, self._queue, meter) if len(replicas) > 1 else None
         closed = set() if self._placement is None else self._placement.closed
-        self.moves = Moves(self._replicas, self._queue, self.counters, closed)
         self._trials = Trials(self._replicas, closed)
+        self.moves = Moves(self._replicas, self._queue, self.counters, closed, self._trials)
         self._planners = [
             Planner(
                 replica,

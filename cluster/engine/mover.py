@@ -1,6 +1,7 @@
 """Makes the moves that the scheduler wants: has blocks copied from workers to workers, and says when they are there."""
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -67,14 +68,16 @@ class Mover:
             return
         self._moves.evacuate(replica)
         deadline_s = time.monotonic() + EVACUATION_S
-        while not self._moves.is_evacuated(replica) and time.monotonic() < deadline_s:
-            self._begin()
-            self._wake()
-            self._stepped.clear()
-            try:
-                await asyncio.wait_for(self._stepped.wait(), _LOOK_AGAIN_S)
-            except TimeoutError:
-                continue
+        try:
+            while not self._moves.is_evacuated(replica) and time.monotonic() < deadline_s:
+                self._begin()
+                self._wake()
+                self._stepped.clear()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._stepped.wait(), _LOOK_AGAIN_S)
+        except asyncio.CancelledError:  # whoever asked is gone
+            self._moves.stay(replica)
+            raise
 
     async def close(self) -> None:
         """Copies under way are left to the workers."""

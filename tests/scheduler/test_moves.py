@@ -262,7 +262,7 @@ class Wanderers:
         self.rng = rng = random.Random(seed)
         block_size, num_lanes = rng.randint(1, 4), rng.choice([1, 1, 2])
         replicas = [
-            Capacity(rng.randint(30, 80) // block_size + 8, block_size, rng.randint(3, 8), 24, 48, num_lanes)
+            Capacity(rng.randint(40, 160) // block_size + 8, block_size, rng.randint(3, 8), 24, 48, num_lanes)
             for _ in range(rng.randint(2, 3))
         ]
         self.deployment = Deployment(
@@ -280,7 +280,7 @@ class Wanderers:
         replica = rng.randrange(self.num_replicas)
         kind = rng.choices(
             ["send", "deliver", "add", "move", "end", "fail", "abort", "reset", "close", "open", "leave", "rule"],
-            [30, 30, 12, 12, 12, 2, 3, 1, 1, 4, 1, 1],
+            [30, 34, 10, 24, 14, 2, 2, 0.5, 0.5, 9, 0.5, 1],
         )[0]
         match kind:
             case "send":
@@ -293,7 +293,7 @@ class Wanderers:
                     self.add()
             case "move":
                 running = [id for id in deployment.requests if deployment.resident(id) is not None]
-                target = rng.choice([None, replica])
+                target = rng.choice([None, None, replica])
                 deployment.move(*rng.sample(running, min(len(running), rng.randint(1, 3))), target=target)
             case "end" | "fail" if deployment.copies:
                 deployment.end_move(rng.choice(list(deployment.copies)), is_copied=kind == "end")
@@ -347,7 +347,7 @@ def test_whoever_moves_gets_what_it_would_have_got_alone() -> None:
     num_moves = num_failed = 0
     for seed in range(NUM_SEEDS):
         wanderers = Wanderers(seed)
-        for _ in range(160):
+        for _ in range(200):
             wanderers.act()
         wanderers.finish()
         num_moves += wanderers.deployment.scheduler.counters.num_moves_copied
