@@ -1,16 +1,25 @@
-"""How long streams pause when processes of a server are killed or stopped: the longest time between two tokens.
+"""How soon the end of something is noticed, and how long streams pause for it.
 
-python bench/recovery.py [--rounds 3] [--rest-s 0] [-- flags of manta serve]
+python bench/recovery.py [--rounds 3] [--rest-s 0] [--only worker,scheduler,frontend,cable,raylet] [-- flags of serve]
+
+"noticed": from the strike until the scheduler ends the epoch (a worker, a cable, a raylet), until a frontend has lost
+the scheduler or it is started again, whichever is first, or until the frontend is started again. "pause": the longest
+time between two tokens of a stream; of one through a frontend that is killed, until it is asked again and has a token.
+Rows of a cable have a worker in a network namespace of its own and another one beside the scheduler; a raylet is killed
+while Ray has one more node to run the worker on.
 """
 
 import argparse
+import asyncio
+import contextlib
 import os
+import re
 import signal
 import statistics
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,40 +27,71 @@ import httpx
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from manta.cluster.engine.client import EngineClient
+from tests.support.cable import Cable, NoNamespaceError, deployment, laid_cable
+from tests.support.fake_deployment import request
 from tests.support.server import DEMO_MODEL, ServerProcess, wait_until
 
 QUICK = ("--kv-cache-memory-bytes", "64MiB", "--port", "0", "--grpc-port", "0", "--restart-limit", "99")
+WORKER, SCHEDULER, FRONTEND = "workers.main", "engine.main", "doors.main"
+NOTICED = {
+    WORKER: r"epoch ended",
+    SCHEDULER: r"lost the engine|the scheduler is started again",
+    FRONTEND: r"frontend \d+ is started again",
+}
 STRIKES = [
-    ("worker killed", "workers.main", signal.SIGKILL),
-    ("worker stopped", "workers.main", signal.SIGSTOP),
-    ("scheduler killed", "engine.main", signal.SIGKILL),
-    ("scheduler stopped", "engine.main", signal.SIGSTOP),
+    ("worker killed", WORKER, signal.SIGKILL),
+    ("worker stopped", WORKER, signal.SIGSTOP),
+    ("scheduler killed", SCHEDULER, signal.SIGKILL),
+    ("scheduler stopped", SCHEDULER, signal.SIGSTOP),
+    ("frontend killed", FRONTEND, signal.SIGKILL),
 ]
 NUM_STREAMS = 4
+NUM_TOKENS = 1500
+STORE_BYTES = 80 * 2**20
+Found = tuple[list[float], list[float]]  # seconds until it was noticed, and those of the pauses
 
 
-def pauses(server: ServerProcess, module: str, number: signal.Signals) -> list[float]:
-    """The longest pause of each stream, in seconds. Raises AssertionError for a stream that does not end well."""
-    times: list[list[float]] = [[] for _ in range(NUM_STREAMS)]
+class Streams:
+    """Begins them; `pauses` waits for their end. A stream that breaks is asked again."""
 
-    def read(index: int) -> None:
-        body = {"model": str(DEMO_MODEL), "prompt": "a" * (index + 1), "max_tokens": 1500, "ignore_eos": True}
-        url = f"{server.url}/v1/completions"
-        with httpx.stream("POST", url, json=body | {"stream": True}, timeout=100) as response:
-            for line in response.iter_lines():
-                if line:
-                    times[index].append(time.monotonic())
-                    last = line
-        assert last == "data: [DONE]", last
+    def __init__(self, url: str, num_tokens: int = NUM_TOKENS) -> None:
+        self._url = url
+        self._num_tokens = num_tokens
+        self.times_s: list[list[float]] = [[] for _ in range(NUM_STREAMS)]
+        self._threads = [threading.Thread(target=self._read, args=(index,)) for index in range(NUM_STREAMS)]
+        for thread in self._threads:
+            thread.start()
+        wait_until(lambda: min(map(len, self.times_s)) > 20, 60, "tokens of every stream")
 
-    threads = [threading.Thread(target=read, args=(index,)) for index in range(NUM_STREAMS)]
-    for thread in threads:
-        thread.start()
-    wait_until(lambda: min(map(len, times)) > 20, 30, "tokens of every stream")
+    def pauses(self) -> list[float]:
+        for thread in self._threads:
+            thread.join()
+        return [max(after - before for before, after in pairwise(each)) for each in self.times_s]
+
+    def _read(self, index: int) -> None:
+        body = {"model": str(DEMO_MODEL), "prompt": "a" * (index + 1), "max_tokens": self._num_tokens}
+        body |= {"ignore_eos": True, "stream": True}
+        while True:
+            last = ""
+            with contextlib.suppress(httpx.TransportError):
+                with httpx.stream("POST", f"{self._url}/v1/completions", json=body, timeout=100) as response:
+                    for line in response.iter_lines():
+                        if line:
+                            self.times_s[index].append(time.monotonic())
+                            last = line
+                assert last == "data: [DONE]", last
+                return
+            time.sleep(0.02)
+
+
+def strike_process(server: ServerProcess, module: str, number: signal.Signals) -> Found:
+    streams, known = Streams(server.url), len(server.lines)
+    struck_s = time.monotonic()
     os.kill(busiest(pid for pid, command in server.processes().items() if module in command), number)
-    for thread in threads:
-        thread.join()
-    return [max(after - before for before, after in pairwise(each)) for each in times]
+    wait_until(lambda: any(re.search(NOTICED[module], line) for line in server.lines[known:]), 30, "it is noticed")
+    noticed_s = time.monotonic() - struck_s
+    return [noticed_s], streams.pauses()
 
 
 def busiest(pids: Iterable[int]) -> int:
@@ -64,21 +104,98 @@ def busiest(pids: Iterable[int]) -> int:
     return max(pids, key=used)
 
 
+def num_ended_epochs(metrics: str) -> float:
+    return sum(float(value) for value in re.findall(r"^manta:failovers_total{[^}]*} (\S+)$", metrics, re.MULTILINE))
+
+
+async def strike_cable(address: str, strike: Callable[[], object]) -> Found:
+    client = await EngineClient.connect(address)
+    times_s: list[list[float]] = [[] for _ in range(8)]
+
+    async def read(index: int) -> None:
+        async for _ in client.generate(request([5 + index, 9], 1000, seed=index)):
+            times_s[index].append(time.monotonic())
+
+    reading = [asyncio.create_task(read(index)) for index in range(len(times_s))]
+    while min(map(len, times_s)) < 20 or (await client.load()).replicas[0].num_running < 2:
+        await asyncio.sleep(0.005)
+    num_before = num_ended_epochs((await client.metrics()).decode())
+    struck_s = time.monotonic()
+    await asyncio.to_thread(strike)
+    while num_ended_epochs((await client.metrics()).decode()) == num_before:
+        await asyncio.sleep(0.005)
+    noticed_s = time.monotonic() - struck_s
+    await asyncio.gather(*reading)
+    await client.close()
+    pauses = [max(after - before for before, after in pairwise(each)) for each in times_s]
+    return [noticed_s], [pause for pause in pauses if pause > 0.2]  # of those that ran there
+
+
+def cable_rows(num_rounds: int) -> None:
+    strikes: list[tuple[str, Callable[[Cable], Callable[[], object]]]] = [
+        ("connections of a worker dropped", lambda cable: cable.drop_connections),
+        ("cable to a worker cut", lambda cable: cable.cut),
+    ]
+    for what, strike in strikes:
+        found: list[Found] = []
+        for _ in range(num_rounds):
+            try:
+                with laid_cable() as cable, deployment(cable) as address:
+                    found.append(asyncio.run(strike_cable(address, strike(cable))))
+            except NoNamespaceError as error:
+                print(f"| {what} | {error} | | | |")
+                return
+        tell(what, found)
+
+
+def strike_raylet() -> Found:
+    """With its children it would be a host that loses power; here the worker is left behind."""
+    from ray.cluster_utils import Cluster  # type: ignore[attr-defined]
+
+    head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": STORE_BYTES}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    try:
+        node = cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
+        with ServerProcess(str(DEMO_MODEL), "--ray-address", cluster.address, *QUICK).wait_ready() as server:
+            cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
+            streams, metrics = Streams(server.url), f"{server.url}/metrics"
+            struck_s = time.monotonic()
+            os.kill(node.all_processes["raylet"][0].process.pid, signal.SIGKILL)
+            wait_until(lambda: num_ended_epochs(httpx.get(metrics).text) > 0, 60, "the end of the epoch")
+            noticed_s = time.monotonic() - struck_s
+            return [noticed_s], streams.pauses()
+    finally:
+        cluster.shutdown()
+
+
+def tell(what: str, found: list[Found]) -> None:
+    noticed, pauses = ([value for each in found for value in each[part]] for part in (0, 1))
+    columns = [f"{statistics.median(values):.2f} | {max(values):.2f}" for values in (noticed, pauses)]
+    print(f"| {what} | {len(pauses)} | {' | '.join(columns)} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rest-s", type=float, default=0.0, help="after each strike: --standby-workers need 10")
+    parser.add_argument("--only", default="worker,scheduler,frontend,cable,raylet")
     parser.add_argument("flags", nargs="*")
     args = parser.parse_args()
+    only = args.only.split(",")
+    print("| what | streams | noticed, s: median | worst | longest pause, s: median | worst |\n" + "| --- " * 6 + "|")
+    strikes = [each for each in STRIKES if each[0].split()[0] in only]
     words = (str(DEMO_MODEL), "--distributed-executor-backend", "local", *QUICK, *args.flags)
-    print("| what | streams | longest pause, s: median | worst |\n| --- | --- | --- | --- |")
-    with ServerProcess(*words).wait_ready() as server:
-        for what, module, number in STRIKES:
-            found = []
+    with ServerProcess(*words).wait_ready() if strikes else contextlib.nullcontext() as server:
+        for what, module, number in strikes:
+            found: list[Found] = []
             for _ in range(args.rounds):
-                found += pauses(server, module, number)
+                found.append(strike_process(server, module, number))
                 time.sleep(args.rest_s)
-            print(f"| {what} | {len(found)} | {statistics.median(found):.2f} | {max(found):.2f} |", flush=True)
+            tell(what, found)
+    if "cable" in only:
+        cable_rows(args.rounds)
+    if "raylet" in only:
+        tell("raylet killed", [strike_raylet() for _ in range(args.rounds)])
 
 
 if __name__ == "__main__":
