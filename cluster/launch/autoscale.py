@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
+from manta.cluster.launch.arrivals import Arrivals
 from manta.configs.schema import ServeConfig
 from manta.protos import engine_pb2 as pb
 
@@ -25,6 +26,7 @@ class Sample:
     kv_usage: float  # of the replicas that serve, 0-1
     waiting_kv: float  # what the waiting prompts need, in KV pools of a replica
     oldest_wait_s: float
+    num_arrived: int = 0  # requests, ever, modulo 2^32
 
     @classmethod
     def of(cls, load: pb.LoadResponse, at_s: float, block_size: int, jobs: Mapping[int, str] | None = None) -> Self:
@@ -43,6 +45,7 @@ class Sample:
             kv_usage=load.kv_cache_usage,
             waiting_kv=load.num_waiting_tokens / pool if pool else 0.0,
             oldest_wait_s=load.oldest_wait_s,
+            num_arrived=load.num_arrived,
         )
 
 
@@ -54,10 +57,12 @@ class Autoscaler:
         self._config = config
         self._up_since_s: float | None = None
         self._down_since_s: float | None = None
+        self._arrivals = Arrivals()
 
     def wanted(self, sample: Sample) -> int:
         """The number of replicas there should be now, from min to max."""
         config, present = self._config, sample.num_present
+        self._arrivals.observe(sample.at_s, sample.num_arrived, sample.num_running, sample.num_waiting)
         lowest, highest = config.min_num_replicas, config.max_num_replicas
         needed = self._needed(sample, UP_TO)
         is_late = sample.oldest_wait_s > config.ttft_target_s
@@ -80,7 +85,9 @@ class Autoscaler:
         return present - 1
 
     def _needed(self, sample: Sample, fill: float) -> int:
-        """Replicas that hold all there is, when each is filled to `fill`."""
-        slots = (sample.num_running + sample.num_waiting) / self._config.max_num_seqs
+        """Replicas that hold all there is, and all that will be if requests go on to arrive as they do, when each is
+        filled to `fill`."""
+        num_requests = max(sample.num_running + sample.num_waiting, self._arrivals.num_at_a_time)
+        slots = num_requests / self._config.max_num_seqs
         pools = sample.kv_usage * sample.num_serving + sample.waiting_kv
         return math.ceil(max(slots, pools) / fill)

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from manta.cluster.launch.arrivals import Arrivals
 from manta.cluster.launch.autoscale import Autoscaler, Sample
 from manta.configs.schema import ServeConfig
 from manta.protos import engine_pb2 as pb
@@ -138,3 +139,34 @@ def test_the_numbers_of_replicas(fields: dict[str, int], numbers: tuple[int, int
 def test_numbers_that_do_not_fit_are_refused(fields: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=r"min_replicas=.* must not decrease"):
         ServeConfig.model_validate({"model": "m"} | fields)
+
+
+def test_a_lull_takes_nothing_away() -> None:
+    scaler = Autoscaler(config(upscale_delay_s=0.0, downscale_delay_s=2.0))
+    for at_s in range(30):
+        scaler.wanted(replace(sample(2, running=12, at_s=float(at_s)), num_arrived=6 * at_s))
+    lull = replace(sample(2, running=2), num_arrived=180)
+    assert [scaler.wanted(replace(lull, at_s=30.0 + at_s)) for at_s in range(4)] == [2, 2, 2, 2]
+    assert 1 in [scaler.wanted(replace(lull, at_s=34.0 + at_s)) for at_s in range(60)]
+
+
+def test_bursts_get_the_room_that_they_need_on_average() -> None:
+    """36 requests every 6 s, each of which runs for 2 s: 12 at a time, though at most looks few or none are there."""
+    scaler, num_arrived, history = Autoscaler(config(upscale_delay_s=0.0, downscale_delay_s=3.0)), 0, []
+    for at_s in range(60):
+        num_arrived += 36 if at_s % 6 == 0 else 0
+        running = 36 if at_s % 6 < 2 else 0
+        one = replace(sample(2, running=running, at_s=float(at_s)), num_arrived=num_arrived)
+        history.append(scaler.wanted(one))
+    assert set(history[30:]) <= {2, 4}
+
+
+def test_a_scheduler_in_the_place_of_another_counts_anew() -> None:
+    arrivals = Arrivals()
+    for at_s in range(20):
+        arrivals.observe(float(at_s), 2**32 - 10 + at_s, 4, 0)
+    assert arrivals.per_s == pytest.approx(1.0, rel=0.1)
+    assert arrivals.takes_s == pytest.approx(4.0, rel=0.1)
+    arrivals.observe(20.0, 3, 4, 0)
+    arrivals.observe(21.0, 4, 4, 0)
+    assert arrivals.per_s == pytest.approx(1.0, rel=0.1)
