@@ -113,7 +113,7 @@ async def strike_cable(address: str, strike: Callable[[], object]) -> Found:
     times_s: list[list[float]] = [[] for _ in range(8)]
 
     async def read(index: int) -> None:
-        async for _ in client.generate(request([5 + index, 9], 1000, seed=index)):
+        async for _ in client.generate(request([5 + index, 9], 1000, seed=index, ignore_eos=True)):
             times_s[index].append(time.monotonic())
 
     reading = [asyncio.create_task(read(index)) for index in range(len(times_s))]
@@ -128,7 +128,7 @@ async def strike_cable(address: str, strike: Callable[[], object]) -> Found:
     await asyncio.gather(*reading)
     await client.close()
     pauses = [max(after - before for before, after in pairwise(each)) for each in times_s]
-    return [noticed_s], [pause for pause in pauses if pause > 0.2]  # of those that ran there
+    return [noticed_s], sorted(pauses)[-4:]  # the others ran on the other worker
 
 
 def cable_rows(num_rounds: int) -> None:

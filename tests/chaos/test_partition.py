@@ -13,8 +13,8 @@ from tests.support.cable import THERE, Cable, NoNamespaceError, deployment, laid
 from tests.support.fake_deployment import collect, request
 
 REQUESTS = [
-    *(request([5 + i, 9], 600, seed=i, temperature=0.0) for i in range(4)),
-    *(request([50 + i, 9], 600, seed=i, temperature=1.0) for i in range(4)),
+    *(request([5 + i, 9], 600, seed=i, ignore_eos=True, temperature=0.0) for i in range(4)),
+    *(request([50 + i, 9], 600, seed=i, ignore_eos=True, temperature=1.0) for i in range(4)),
 ]
 
 
