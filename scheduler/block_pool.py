@@ -21,8 +21,11 @@ class BlockPool:
         self.by_hash: dict[bytes, int] = {}
         self.blank = list(range(num_blocks - 1, -1, -1))  # a stack
         self.cached: OrderedDict[int, None] = OrderedDict()  # in eviction order
-        self.limbo: dict[int, int] = {}  # block -> the step that must be answered first
-        self._limbo_queue: deque[tuple[int, list[int]]] = deque()  # by step; holds entries that `limbo` overrides
+        # Block -> the step that must be answered first, and the number of the release that put it there; the queue has
+        # all releases by step, also of blocks that have left since.
+        self.limbo: dict[int, tuple[int, int]] = {}
+        self._limbo_queue: deque[tuple[tuple[int, int], list[int]]] = deque()
+        self._num_releases = 0
         self.num_freed = 0  # how often a block became free: unchanged means that what did not fit still does not
 
     @property
@@ -87,16 +90,18 @@ class BlockPool:
         if until is None:
             self._free(idle)
         elif idle:
-            self.limbo.update(dict.fromkeys(idle, until))
-            self._limbo_queue.append((until, idle))
+            self._num_releases += 1
+            release = until, self._num_releases
+            self.limbo.update(dict.fromkeys(idle, release))
+            self._limbo_queue.append((release, idle))
 
     def confirm(self, step: int) -> None:
         """`step` and all before it are answered."""
         queue, limbo = self._limbo_queue, self.limbo
-        while queue and queue[0][0] <= step:
-            until, blocks = queue.popleft()
+        while queue and queue[0][0][0] <= step:
+            release, blocks = queue.popleft()
             # A block may have been found again, and released again, since it was queued here.
-            settled = [block for block in blocks if limbo.get(block) == until]
+            settled = [block for block in blocks if limbo.get(block) is release]
             for block in settled:
                 del limbo[block]
             self._free(settled)

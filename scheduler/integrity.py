@@ -21,7 +21,7 @@ def check_replica(replica: Replica) -> None:
         tables.update(blocks)
     check_pool(replica.pool, tables)
     assert bool(replica.in_flight) or not replica.pool.limbo, "blocks are in limbo with nothing in flight"
-    assert all(until <= replica.step for until in replica.pool.limbo.values()), "a block waits for an unplanned step"
+    assert all(until <= replica.step for until, _ in replica.pool.limbo.values()), "a block waits for an unplanned step"
     _check_slots(replica)
     for sequence in replica.parked:
         name = f"a parked sequence of request {sequence.request.id}"

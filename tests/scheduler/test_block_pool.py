@@ -203,3 +203,15 @@ def test_a_block_found_in_limbo_and_released_again_waits_for_the_later_step() ->
     assert pool.num_free == 0
     pool.confirm(6)
     assert pool.num_free == 1
+
+
+def test_a_block_found_in_limbo_and_released_again_is_as_young_as_its_last_release() -> None:
+    pool = BlockPool(2)
+    first, second = pool.take(1), pool.take(1)
+    for block, name in ((first, b"first"), (second, b"second")):
+        pool.publish(block, [name])
+        pool.release(block, until=5)
+    pool.share(first)
+    pool.release(first, until=5)
+    pool.confirm(5)
+    assert pool.take(2) == [*second, *first]

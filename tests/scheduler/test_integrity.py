@@ -54,7 +54,7 @@ def free_a_block_in_use(replica: Replica) -> None:
         (free_a_block_in_use, "block .* is in 2 states"),
         (lambda replica: replica.pool.refs.__setitem__(replica.residents[0].blocks[0], 5), "has 5 references"),
         (lambda replica: replica.pool.by_hash.popitem(), "the index does not lead to block"),
-        (lambda replica: replica.pool.limbo.update({31: 1}), "is in 2 states"),
+        (lambda replica: replica.pool.limbo.update({31: (1, 1)}), "is in 2 states"),
         (lose_a_slot, "references and is in"),
         (lambda replica: replica.slots.free.append(0), "a slot is lost or in two places"),
         (lambda replica: replica.slots.sequences.__setitem__(0, None), "slot 0 holds another sequence"),
