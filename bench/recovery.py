@@ -1,12 +1,11 @@
 """How soon the end of something is noticed, and how long streams pause for it.
 
-python bench/recovery.py [--rounds 3] [--rest-s 0] [--only worker,scheduler,frontend,cable,raylet] [-- flags of serve]
+python bench/recovery.py [--rounds 3] [--rest-s 0] [--only worker,scheduler,frontend,cable] [-- flags of serve]
 
-"noticed": from the strike until the scheduler ends the epoch (a worker, a cable, a raylet), until a frontend has lost
+"noticed": from the strike until the scheduler ends the epoch (a worker, a cable), until a frontend has lost
 the scheduler or it is started again, whichever is first, or until the frontend is started again. "pause": the longest
 time between two tokens of a stream; of one through a frontend that is killed, until it is asked again and has a token.
-Rows of a cable have a worker in a network namespace of its own and another one beside the scheduler; a raylet is killed
-while Ray has one more node to run the worker on.
+Rows of a cable have a worker in a network namespace of its own and another one beside the scheduler.
 """
 
 import argparse
@@ -48,7 +47,6 @@ STRIKES = [
 ]
 NUM_STREAMS = 4
 NUM_TOKENS = 1500
-STORE_BYTES = 80 * 2**20
 Found = tuple[list[float], list[float]]  # seconds until it was noticed, and those of the pauses
 
 
@@ -148,26 +146,6 @@ def cable_rows(num_rounds: int) -> None:
         tell(what, found)
 
 
-def strike_raylet() -> Found:
-    """With its children it would be a host that loses power; here the worker is left behind."""
-    from ray.cluster_utils import Cluster  # type: ignore[attr-defined]
-
-    head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": STORE_BYTES}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
-    try:
-        node = cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
-        with ServerProcess(str(DEMO_MODEL), "--ray-address", cluster.address, *QUICK).wait_ready() as server:
-            cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
-            streams, metrics = Streams(server.url), f"{server.url}/metrics"
-            struck_s = time.monotonic()
-            os.kill(node.all_processes["raylet"][0].process.pid, signal.SIGKILL)
-            wait_until(lambda: num_ended_epochs(httpx.get(metrics).text) > 0, 60, "the end of the epoch")
-            noticed_s = time.monotonic() - struck_s
-            return [noticed_s], streams.pauses()
-    finally:
-        cluster.shutdown()
-
-
 def tell(what: str, found: list[Found]) -> None:
     noticed, pauses = ([value for each in found for value in each[part]] for part in (0, 1))
     columns = [f"{statistics.median(values):.2f} | {max(values):.2f}" for values in (noticed, pauses)]
@@ -178,7 +156,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rest-s", type=float, default=0.0, help="after each strike: --standby-workers need 10")
-    parser.add_argument("--only", default="worker,scheduler,frontend,cable,raylet")
+    parser.add_argument("--only", default="worker,scheduler,frontend,cable")
     parser.add_argument("flags", nargs="*")
     args = parser.parse_args()
     only = args.only.split(",")
@@ -194,8 +172,6 @@ def main() -> None:
             tell(what, found)
     if "cable" in only:
         cable_rows(args.rounds)
-    if "raylet" in only:
-        tell("raylet killed", [strike_raylet() for _ in range(args.rounds)])
 
 
 if __name__ == "__main__":
