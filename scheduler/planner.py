@@ -96,10 +96,17 @@ class Planner:
     def _waits_for_light(self, fair_share: FairShare) -> bool:
         """A plan begins. Whether it is better made later, so that the next of a light tenant does not wait for it. If
         one waits for blocks already, others give them up."""
+        replica = self._replica
         fair_share.begin()
         if fair_share.waits():
             return True
-        while fair_share.num_lacking() and (last := last_in_rank(self._replica)).rank[0]:
+        if not replica.accepts or self._trials.is_under_way(replica.index):
+            return False  # nobody enters
+        # Blocks may be lacking that nobody here could give up: those of moves under way.
+        while (replica.residents or replica.parked) and fair_share.num_lacking():
+            last = last_in_rank(replica)
+            if not last.rank[0]:
+                break
             self._preempt(last)
         return False
 

@@ -92,7 +92,8 @@ class Trials:
         if not self.waiting or self.is_under_way(index) or not self._may_try(index):
             return None
         for sequence in self.waiting:
-            if not self._records[_unit(sequence)].num_alone:
+            record = self._records.get(_unit(sequence))  # none where another of its group has got past the point
+            if record is None or not record.num_alone:
                 return sequence
         # Those that are left have failed alone. Others come first: they show whether the replica can do anything.
         self._look_for_good(index)
@@ -151,11 +152,15 @@ class Trials:
         return len(record.workers) > 1 and (not others or record.num_alone > 1)
 
     def _may_try(self, index: int) -> bool:
-        """In an empty replica, if there is one or will be one: others should not suffer."""
-        if not self._replicas[index].residents:
+        """In an empty replica, if there is one or will be one: others should not suffer. Not where some are about to
+        enter, who do not come from the queue."""
+        replica = self._replicas[index]
+        if replica.followers or replica.num_expected:
+            return False
+        if not replica.residents:
             return True
         others = (each for each in self._replicas if each.index not in self._closed and each.accepts)
-        return not self._expected and all(other.residents for other in others)
+        return not self._expected and all(_is_used(other) for other in others)
 
     def _look_for_good(self, index: int) -> None:
         """Whether somebody who is no suspect has got tokens from the replica in this epoch."""
@@ -184,6 +189,10 @@ def _unit(sequence: Sequence) -> Unit:
 
 def _has_ended(unit: Unit) -> bool:
     return all(member.status is Status.FINISHED for member in members_of(unit))
+
+
+def _is_used(replica: Replica) -> bool:
+    return bool(replica.residents or replica.followers or replica.num_expected)
 
 
 def _margin(replica: Replica) -> int:

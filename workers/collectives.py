@@ -53,7 +53,8 @@ class ProcessGroupCollectives:
         return parts.view(num_ranks, *x.shape).movedim(0, -2).reshape(*x.shape[:-1], num_ranks * x.shape[-1])
 
     def destroy(self) -> None:
-        end_group(self._group)
+        if self._group is not None:  # a rank that could not join others leaves its group a second time
+            end_group(self._group)
         self._group = None
 
 

@@ -18,6 +18,7 @@ from manta.workers.peer_files import PeerFiles
 
 logger = logging.getLogger(__name__)
 
+_CONFIG_NAME = "config.json"
 _DOWNLOADED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
 
@@ -66,7 +67,7 @@ def _on_this_host(model: str) -> Path | None:
         names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else ["model.safetensors"]
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError, KeyError):
         return None
-    return folder if all((folder / name).is_file() for name in names) else None
+    return folder if all((folder / name).is_file() for name in (_CONFIG_NAME, *names)) else None
 
 
 def _ask(peers: Sequence[str]) -> PeerFiles | None:

@@ -42,13 +42,15 @@ class Range(NamedTuple):
 
 
 class PeerFiles:
-    """One thread asks; others fetch for it. A peer that fails is left for the next one. `close` when done."""
+    """One thread asks; others fetch for it. A peer that fails is left for the next one, and asked again only where that
+    one fails, too: a host that is gone costs seconds each time. `close` when done."""
 
     def __init__(self, peers: Sequence[str]) -> None:
         """peers: "host:port" of workers, those to be asked first in front. Raises WeightError if none has files."""
         self._channels = [grpc.insecure_channel(peer, options=_OPTIONS) for peer in peers]
         self._peers = deque(zip(peers, map(ModelFilesStub, self._channels), strict=True))
         self._readers = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="peer-files")
+        self._failed: set[str] = set()  # peers that did not answer a call
         self._expected: deque[Range] = deque()
         self._fetching: dict[Range, Future[bytearray]] = {}
         try:
@@ -107,6 +109,7 @@ class PeerFiles:
         errors: dict[str, str] = {}
         while True:
             peers = [each for each in list(self._peers) if each[0] not in errors]
+            peers.sort(key=lambda each: each[0] in self._failed)
             if not peers:
                 raise WeightError(f"{wanted.name} could not be read from another worker: {errors}")
             for peer, stub in peers:
@@ -115,6 +118,7 @@ class PeerFiles:
                 except grpc.RpcError as error:
                     if error.code() is not grpc.StatusCode.RESOURCE_EXHAUSTED:
                         errors[peer] = _reason(error)
+                        self._failed.add(peer)
             time.sleep(_BUSY_RETRY_S)
 
 

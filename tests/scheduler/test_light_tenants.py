@@ -119,3 +119,41 @@ def test_a_light_tenant_goes_where_it_waits_least() -> None:
     busiest = max((0, 1), key=deployment.scheduler.num_resident)
     deployment.step(busiest)
     assert 1000 in deployment.started
+
+
+def test_nobody_gives_up_blocks_where_a_light_tenant_cannot_enter() -> None:
+    """The replica is about to go, and its blocks are being copied."""
+    shape = capacity(num_blocks=64, max_num_seqs=8, max_num_batched_tokens=64)
+    deployment = Deployment(shape, shape, policy="fair", enable_prefix_caching=False)
+    deployment.close(1)
+    for id in range(5):
+        deployment.add(request(id, 12, 40, tenant="noisy"))
+    while deployment.scheduler.num_free_blocks() > 4:
+        deployment.step()
+    deployment.scheduler.open_replica(1)
+    deployment.scheduler.moves.evacuate(0)
+    deployment.begin_moves()
+    assert deployment.copies
+    deployment.add(request(10, 24, 4, tenant="light"))
+    for _ in range(4):
+        deployment.step()
+        assert not deployment.scheduler.counters.num_preemptions
+    deployment.run()
+    deployment.assert_all_as_alone()
+
+
+def test_blocks_that_are_being_copied_are_not_asked_of_anybody() -> None:
+    shape = capacity(num_blocks=64, max_num_seqs=8, max_num_batched_tokens=64)
+    deployment = Deployment(shape, shape, policy="fair", enable_prefix_caching=False)
+    deployment.close(1)
+    for id in range(4):
+        deployment.add(request(id, 20, 40, tenant="noisy"))
+    while deployment.scheduler.num_free_blocks() > 4:
+        deployment.step()
+    deployment.scheduler.open_replica(1)
+    deployment.move(*range(4))
+    assert not deployment.scheduler._replicas[0].residents
+    deployment.add(request(10, 24, 4, tenant="light"))
+    deployment.send(0)
+    deployment.run()
+    deployment.assert_all_as_alone()

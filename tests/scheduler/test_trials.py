@@ -214,3 +214,51 @@ def test_a_replica_that_is_never_there_again_is_not_waited_for() -> None:
     deployment.run(replicas=[1])
     assert not deployment.scheduler._trials.waiting
     assert {id: end.reason for id, end in deployment.finished.items()} == dict.fromkeys(deployment.requests, "length")
+
+
+def test_samples_of_a_prompt_that_two_replicas_have_lost_are_tried_one_after_the_other() -> None:
+    """Those of the first replica get past the point where it failed, and nobody suspects the others any more."""
+    small = capacity(max_num_seqs=2)
+    deployment = Poisoned(small, small, breaks=lambda worker, replica: False)
+    deployment.add_group([request(id, prompt(1, 0), 30) for id in range(4)])
+    while deployment.scheduler.num_resident(0) < 2 or deployment.scheduler.num_resident(1) < 2:
+        for replica in range(2):
+            deployment.step(replica)
+    for replica in (0, 1, 0, 1):
+        while deployment.send(replica) is not None:
+            pass
+        deployment.fail(replica)
+    assert len(deployment.scheduler._trials.waiting) == 2
+    deployment.run_until_done()
+    check(deployment, set())
+
+
+def test_a_suspect_is_not_tried_where_a_sequence_is_about_to_arrive() -> None:
+    deployment = Poisoned(*[capacity(num_blocks=64)] * 3, breaks=lambda worker, replica: False)
+    deployment.close(1)
+    deployment.close(2)
+    deployment.add(request(0, prompt(1, 0), 40))
+    for _ in range(3):
+        deployment.step(0)
+    deployment.scheduler.open_replica(2)
+    deployment.add(request(9, prompt(2, 9), 30))
+    deployment.step(2)
+    deployment.scheduler.open_replica(1)
+    deployment.move(0, target=1)
+    for _ in range(2):
+        while deployment.send(2) is not None:
+            pass
+        deployment.fail(2)
+        deployment.scheduler.close_replica(2)
+        if not deployment.scheduler._trials.waiting:
+            deployment.scheduler.open_replica(2)
+    assert [each.request.id for each in deployment.scheduler._trials.waiting] == [9]
+    deployment.send(1)
+    assert deployment.scheduler._trials.waiting
+    (move,) = deployment.copies
+    deployment.end_move(move)
+    deployment.send(1)
+    assert [each.request.id for each in deployment.scheduler._replicas[1].residents.values()] == [0]
+    deployment.scheduler.open_replica(2)
+    deployment.run_until_done()
+    check(deployment, set())

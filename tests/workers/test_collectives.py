@@ -23,6 +23,13 @@ class Group:
     def __init__(self, gives_work: bool) -> None:
         self.works: list[Work] = []
         self.gives_work = gives_work
+        self.num_aborted = 0
+
+    def name(self) -> str:
+        return "nccl"
+
+    def abort(self) -> None:
+        self.num_aborted += 1
 
     def size(self) -> int:
         return 3
@@ -61,3 +68,12 @@ def test_sums_and_gathered_rows(gives_work: bool) -> None:
         assert torch.equal(gathered, torch.cat([part, part * 10, part * 10], dim=-1))
     assert all(work.was_waited_for for work in group.works)
     assert len(group.works) == (5 if gives_work else 0)
+
+
+def test_a_group_is_left_once() -> None:
+    """A rank that could not join the others of a new meeting is asked to a third one, with the group it had first."""
+    group = Group(gives_work=False)
+    collectives = ProcessGroupCollectives(group)
+    collectives.destroy()
+    collectives.destroy()
+    assert group.num_aborted == 1

@@ -118,6 +118,38 @@ def test_the_next_peer_goes_on(folder: Path, peer: Peer, tmp_path: Path, monkeyp
             assert torch.equal(there.read(name, part), here.read(name, part))
 
 
+def test_a_peer_that_has_failed_is_asked_last(folder: Path, peer: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each call to it would cost as much as the first one did."""
+    asked: list[object] = []
+    read = peer_files._read
+
+    def note(stub: ModelFilesStub, wanted: Range) -> bytearray:
+        asked.append(stub)
+        return read(stub, wanted)
+
+    monkeypatch.setattr(peer_files, "_read", note)
+    dying = Peer(folder)
+    files = PeerFiles([dying.address, peer.address])
+    dying.stop()
+    for end in range(1, 11):
+        assert files.read(Range("config.json", 0, end)) == (folder / "config.json").read_bytes()[:end]
+    files.close()
+    assert len(asked) == 11
+
+
+def test_a_part_of_a_hub_model_is_not_the_model(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A download that was interrupted is left to the hub, or to a peer."""
+    monkeypatch.setattr(model_source, "snapshot_download", lambda *_, **__: str(tmp_path))
+    for path in folder.iterdir():
+        if path.name != "config.json":
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    assert model_source._on_this_host("some/model") is None
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    assert model_source._on_this_host("some/model") == tmp_path
+    next(tmp_path.glob("*.safetensors")).unlink()
+    assert model_source._on_this_host("some/model") is None
+
+
 def test_without_any_peer_left_the_file_is_named(folder: Path, tmp_path: Path) -> None:
     dying = Peer(folder)
     files = PeerFiles([dying.address])
