@@ -27,6 +27,7 @@ from manta.protos import inference_pb2
 
 KEEP_ALIVE_S = 75  # idle HTTP connections; longer than the 60 s after which common proxies drop theirs
 QUIET_S = 6.0  # common clients close connections that were idle for 5 s: nothing is on its way over them then
+HANDSHAKE_TIMEOUT_S = 10.0  # of TLS, with a client that a frontend takes last
 CLOSE_TIMEOUT_S = 1  # for the last bytes, once the calls have ended
 PING_INTERVAL_MS, PING_TIMEOUT_MS = 30_000, 20_000  # over gRPC: who does not answer is gone, and its calls are aborted
 _LAST_ANSWER = (b"connection", b"close")
@@ -41,6 +42,33 @@ class PortError(OSError):
 
 class _HttpServer(uvicorn.Server):
     """uvicorn without signal handlers of its own: the process that embeds it owns the signals."""
+
+    def __init__(self, config: uvicorn.Config, listener: socket.socket) -> None:
+        super().__init__(config)
+        self._listener = listener
+
+    def stop_listening(self) -> list[socket.socket]:
+        """Returns connections that nobody has taken yet: the kernel would reset them."""
+        waiting: list[socket.socket] = []
+        with contextlib.suppress(OSError):  # BlockingIOError: those were all
+            while True:
+                waiting.append(self._listener.accept()[0])
+        for server in self.servers:
+            server.close()
+        return waiting
+
+    async def take(self, connection: socket.socket) -> None:
+        """Answers a connection as if it had been accepted in time."""
+        loop, config = asyncio.get_running_loop(), self.config
+
+        def protocol() -> asyncio.Protocol:
+            return DoorProtocol(config=config, server_state=self.server_state, app_state=self.lifespan.state)
+
+        try:
+            async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
+                await loop.connect_accepted_socket(protocol, connection, ssl=config.ssl)
+        except OSError:  # its client has gone, or is none for TLS
+            connection.close()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -94,7 +122,8 @@ class DoorServer:
                 server_header=False,
                 timeout_keep_alive=KEEP_ALIVE_S,
                 timeout_graceful_shutdown=CLOSE_TIMEOUT_S,
-            )
+            ),
+            listener,
         )
         if certificates is not None:
             server.config.load()
@@ -112,16 +141,16 @@ class DoorServer:
         are answered, but with the word that their connection ends. Returns when all have ended, or nothing has come
         over them for a while, or after `grace_s`."""
         deadline_s = time.monotonic() + grace_s
+        waiting = [(server, connection) for server in self._http for connection in server.stop_listening()]
         for server in self._http:
-            for listener in server.servers:
-                listener.close()
             server.config.encoded_headers.append(_LAST_ANSWER)
             server.server_state.default_headers.append(_LAST_ANSWER)
+        await asyncio.gather(*(server.take(connection) for server, connection in waiting))
         if self._grpc is not None:
             await self._grpc.stop(grace_s)  # clients are told to connect anew, and calls under way go on
         quiet_since_s = time.monotonic()
         while (now_s := time.monotonic()) < deadline_s:
-            if len(self._service.running):
+            if len(self._service.running) or any(server.server_state.tasks for server in self._http):
                 quiet_since_s = now_s
             elif now_s - quiet_since_s > QUIET_S or not any(server.server_state.connections for server in self._http):
                 return

@@ -12,7 +12,9 @@ from typing import TypeVar
 import grpc
 import httpx
 import pytest
+import uvloop
 
+from manta.cluster.doors import server as doors_server
 from manta.cluster.doors.server import DoorServer, PortError
 from manta.protos import inference_pb2 as pb
 from manta.protos import inference_pb2_grpc as pb_grpc
@@ -91,6 +93,51 @@ def test_the_last_answer_of_a_connection_says_so(model_folder: Path) -> None:
         retiring.result()
         with pytest.raises(httpx.ConnectError):
             kept.post(url, json={"prompt": "x"})
+
+
+def test_connections_that_nobody_has_taken_yet_are_answered(model_folder: Path) -> None:
+    """The kernel has accepted them for the old one, and would reset them when it stops to listen."""
+    clients: list[socket.socket] = []
+
+    def answers() -> list[bytes]:
+        return [client.recv(12) for client in clients]
+
+    async def make_way() -> list[bytes]:
+        old = DoorServer(build_service(FakeClient(), model_folder))
+        ports = await old.start()
+        same = {"port": ports["http"], "grpc_port": ports["grpc"]}
+        new = DoorServer(build_service(FakeClient(), model_folder, **same))
+        await new.start(joins=True)
+        for _ in range(32):  # the kernel spreads them over both
+            clients.append(socket.create_connection(("127.0.0.1", ports["http"]), timeout=20))
+            clients[-1].sendall(b"GET /version HTTP/1.1\r\nHost: a\r\n\r\n")
+        try:
+            _, answered = await asyncio.gather(old.retire(20.0), asyncio.to_thread(answers))
+        finally:
+            for client in clients:
+                client.close()
+            await old.stop(0.0)
+            await new.stop(0.0)
+        return answered
+
+    assert uvloop.run(make_way()) == [b"HTTP/1.1 200"] * 32
+
+
+def test_who_makes_way_waits_for_bodies_that_come_slowly(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doors_server, "QUIET_S", 0.1)
+    body = b'{"prompt": "x"}'
+    with (
+        DoorThread(FakeClient(), model_folder) as doors,
+        socket.create_connection(("127.0.0.1", doors.http_port), timeout=20) as client,
+    ):
+        client.sendall(b"POST /tokenize HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(body))
+        wait_until(lambda: any(server.server_state.tasks for server in doors.server._http), 10, "it has the call")
+        retiring = _in_thread(lambda: doors.run(lambda: doors.server.retire(20.0)))
+        with pytest.raises(TimeoutError):
+            retiring.result(timeout=0.5)
+        client.sendall(body)
+        assert client.recv(12) == b"HTTP/1.1 200"
+        retiring.result()
 
 
 def _listens(doors: DoorThread) -> bool:
