@@ -72,6 +72,7 @@ class Keeper:
         replicas: list[Part] = [("worker", replica) for replica, workers in enumerate(self._workers) if workers]
         frontends: list[Part] = [("frontend", index) for index in range(self._config.api_server_count)]
         self._rolling = RollingRestart(self._repairs, [*replicas, SCHEDULER, *frontends], self._clock)
+        self._launcher.end_standby()
         self._rolling.start()
 
     def end(self) -> None:

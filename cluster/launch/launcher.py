@@ -55,6 +55,11 @@ class Launcher(Protocol):
         """Ends the workers of a replica that takes no part any more, or its wait for room, which fails then."""
         ...
 
+    def end_standby(self) -> None:
+        """Ends processes that stand by for workers: they have imported the code that there was when they were started.
+        Others come in their place when a replica gets new workers."""
+        ...
+
     def replace_scheduler(self, config: ServeConfig, workers: list[list[str]]) -> None:
         """Ends the scheduler if it still lives, and starts another at the same address for the workers as they are."""
         ...

@@ -85,6 +85,12 @@ class LocalLauncher:
         for child in children:
             child.join(_END_TIMEOUT_S)
 
+    def end_standby(self) -> None:
+        with self._lock:
+            children, self._standby = self._standby, []
+        for child in children:
+            child.terminate()
+
     def _start_ranks(self, replica: int, num_ranks: int, living: Sequence[ChildProcess] = ()) -> None:
         """All of them, but for those that live."""
         with self._lock:
@@ -229,7 +235,8 @@ class LocalLauncher:
                 child.terminate()
             for child in children:
                 child.join(patience_s)
-        self._frontends, self._retiring, self._scheduler, self._workers, self._standby = [], [], None, [], []
+        self._frontends, self._retiring, self._scheduler, self._standby = [], [], None, []
+        self._workers = [[] for _ in self._workers]  # a repair may still look
 
     def _check_not_stopped(self) -> None:
         if self._stopped:

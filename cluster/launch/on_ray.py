@@ -85,6 +85,9 @@ class RayLauncher:
         if group is not None:
             ray.util.remove_placement_group(group)
 
+    def end_standby(self) -> None:
+        """There is none."""
+
     def _ask_for_room(self, replica: int) -> PlacementGroup:
         placement = self._placement
         with self._lock:
@@ -253,19 +256,21 @@ class RayLauncher:
         with self._lock:  # from now on nothing is made
             self._stopped = True
             self._lifelines.clear()
-        with contextlib.suppress(RayError):
-            ray.get([frontend.stop.remote(grace_s) for frontend in self._frontends], timeout=grace_s + _END_TIMEOUT_S)
+        frontends = [actor for actor in [*self._frontends, *self._retiring] if actor is not None]
+        if calls := [frontend.stop.remote(grace_s) for frontend in frontends]:
+            ray.wait(calls, num_returns=len(calls), timeout=grace_s + _END_TIMEOUT_S)  # some may have died
         if self._scheduler is not None:
             with contextlib.suppress(RayError):
                 ray.get(self._scheduler.stop.remote(), timeout=_END_TIMEOUT_S)
         scheduler = [] if self._scheduler is None else [self._scheduler]
         workers = [worker for replica in self._workers for worker in replica]
-        for actor in [*self._frontends, *self._retiring, *scheduler, *workers]:
+        for actor in [*frontends, *scheduler, *workers]:
             ray.kill(actor)
         for group in self._groups:
             if group is not None:
                 ray.util.remove_placement_group(group)
-        self._frontends, self._scheduler, self._workers, self._groups = [], None, [], []
+        self._frontends, self._retiring, self._scheduler = [], [], None
+        self._workers, self._groups = [[] for _ in self._workers], [None] * len(self._groups)  # a repair may still look
 
     def _check_not_stopped(self) -> None:
         if self._stopped:

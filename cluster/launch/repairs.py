@@ -56,6 +56,9 @@ class Repairs:
     def is_closed(self) -> bool:
         return self._closed
 
+    def has_workers(self, replica: int) -> bool:
+        return bool(self._workers[replica])
+
     def start(self, part: Part, num_attempts: int) -> None:
         """Until the part serves, or so many attempts have failed; then it is given up."""
         if part[0] == "worker":
@@ -116,6 +119,8 @@ class Repairs:
     def _start(self, part: Part, num_attempts: int) -> None:
         began_s = self._clock()
         for attempt in range(1, num_attempts + 1):
+            if self._closed:
+                return
             reason = self._try(part, is_retry=attempt > 1)
             if reason is None:
                 with self.changed:
@@ -154,7 +159,7 @@ class Repairs:
         try:
             self._start_again(part, is_retry)
         except (LaunchError, grpc.RpcError) as error:
-            return str(error.details() if isinstance(error, grpc.Call) else error)
+            return _why(error)
         except Exception as error:  # a bug must not leave the part neither served nor given up
             logger.exception("starting %s again failed", name_of(part))
             return repr(error)
@@ -166,7 +171,8 @@ class Repairs:
             self._workers[replica] = []
             self._launcher.stop_workers(replica)
         except (LaunchError, grpc.RpcError) as error:  # it is there still, and may be taken away later
-            logger.warning("taking replica %d away failed: %s", replica, error)
+            if not self._closed:
+                logger.warning("taking replica %d away failed: %s", replica, _why(error))
 
     def _give_up(self, part: Part, reason: str) -> None:
         """Its processes end and what they held is free while it rests."""
@@ -190,15 +196,14 @@ class Repairs:
         try:
             self._engine.GiveUpReplica(pb.GiveUpReplicaRequest(replica=replica, reason=reason), timeout=_TELL_TIMEOUT_S)
         except grpc.RpcError as error:  # whoever looks at the load sees it, and tells again
-            logger.warning("the scheduler did not hear that replica %d is given up: %s", replica, error)
+            logger.warning("the scheduler did not hear that replica %d is given up: %s", replica, _why(error))
 
     def _start_again(self, part: Part, is_retry: bool) -> None:
         role, index = part
         if role == "worker":
             self._replace_workers(index)
         elif role == "scheduler":
-            others_in_s = _PATIENCE_S if self._others_than_spawning() else None
-            self._wait_until(lambda: not self._spawning, others_in_s)  # it looks for workers once, as it starts
+            self._wait_for_workers()
             if is_retry or not any(self._workers):
                 self._renew_one()
             self._launcher.replace_scheduler(self._config, self._workers)
@@ -206,9 +211,15 @@ class Repairs:
             self._wait_until(lambda: SCHEDULER not in self.jobs)
             self._launcher.replace_frontend(self._config, index)
 
-    def _others_than_spawning(self) -> bool:
+    def _wait_for_workers(self) -> None:
+        """For those that are being started: a scheduler looks for workers once, as it starts. Where there are others,
+        not for ever, and not for those that wait for room."""
         with self.changed:
-            return any(workers for replica, workers in enumerate(self._workers) if replica not in self._spawning)
+            others = any(workers for replica, workers in enumerate(self._workers) if replica not in self._spawning)
+        if others:
+            self._wait_until(lambda: not self._spawning - self._launcher.waiting_for_room().keys(), _PATIENCE_S)
+        else:
+            self._wait_until(lambda: not self._spawning)
 
     def _renew_one(self) -> None:
         """New workers for a replica, first of all one that is broken, unless others are being started already: a
@@ -259,6 +270,10 @@ def name_of(part: Part) -> str:
 def tell(message: str) -> None:
     """To whoever reads what the command prints."""
     print(f"manta: {message}", file=sys.stderr, flush=True)
+
+
+def _why(error: LaunchError | grpc.RpcError) -> str:
+    return str(error.details() if isinstance(error, grpc.Call) else error)
 
 
 def _again(rest_s: float) -> str:

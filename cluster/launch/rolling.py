@@ -34,13 +34,14 @@ class RollingRestart:
         tell(f"the rolling restart is complete after {self._clock() - began_s:.1f} s")
 
     def _renew(self, part: Part) -> str | None:
-        """Why the others have to be left as they are, if so. A part that is given up is none that serves."""
+        """Why the others have to be left as they are, if so. A part that is given up, or was taken away
+        meanwhile, is none that serves."""
         repairs = self._repairs
         with repairs.changed:
             repairs.changed.wait_for(lambda: repairs.is_closed or part not in repairs.jobs)
             if repairs.is_closed:
                 return "the deployment is being taken down"
-            if part in repairs.failures.given_up:
+            if part in repairs.failures.given_up or (part[0] == "worker" and not repairs.has_workers(part[1])):
                 return None
             tell(f"{name_of(part)} is started anew")
             repairs.renew(part)

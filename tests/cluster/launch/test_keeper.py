@@ -97,6 +97,9 @@ class FakeLauncher:
             self.no_room.pop(replica, None)
             self.room.notify_all()
 
+    def end_standby(self) -> None:
+        pass
+
     def waiting_for_room(self) -> dict[int, str]:
         return {replica: "no room" for replica in self.no_room if self.no_room[replica] == "is waited for"}
 
@@ -255,6 +258,19 @@ def test_a_dead_scheduler_does_not_wait_for_ever_for_workers_where_there_are_oth
     world.look_until(lambda: len(world.engine.done) == 2)
     world.settle()
     assert world.engine.done[1] == "replica 1 gets new:2"
+
+
+def test_a_dead_scheduler_does_not_wait_for_workers_without_room(
+    make: Callable[..., World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("manta.cluster.launch.repairs._PATIENCE_S", 1000.0)
+    world = make()
+    world.launcher.no_room[1] = "none"
+    world.launcher.dead["worker", 1] = "its node is gone"
+    world.look_until(lambda: 1 in world.launcher.waiting_for_room())
+    world.launcher.dead["scheduler", 0] = "killed"
+    world.look_until(lambda: any(each.startswith("scheduler for") for each in world.engine.done))
+    world.launcher.stop_workers(1)
 
 
 def test_what_was_seen_before_a_repair_ended_begins_no_other(make: Callable[..., World]) -> None:
@@ -495,6 +511,21 @@ def test_all_parts_are_started_anew_one_after_the_other(make: Callable[..., Worl
         "scheduler for [['new:1'], ['new:2'], []]",
         "frontend 0 beside the old one", "frontend 1 beside the old one",
     ]  # fmt: skip
+
+
+def test_what_was_taken_away_during_a_rolling_restart_stays_away(make: Callable[..., World]) -> None:
+    world = make(data_parallel_size=2)
+    world.launcher.may_start_workers.clear()
+    world.keeper.roll()
+    jobs, rolling = world.keeper._repairs, world.keeper._rolling
+    world.look_until(lambda: "workers 0 end" in world.engine.done)
+    with jobs.changed:
+        jobs.retire(1)
+    world.look_until(lambda: ("worker", 1) not in jobs.jobs)
+    world.launcher.may_start_workers.set()
+    world.look_until(lambda: rolling is not None and rolling.is_over)
+    assert "replica 0 gets new:1" in world.engine.done
+    assert not any(each.startswith("replica 1 gets") for each in world.engine.done)
 
 
 def test_a_part_that_does_not_start_anew_ends_the_rolling_restart(

@@ -120,6 +120,11 @@ class FakeChild:
     def kill(self) -> None:
         self.is_dead = True
 
+    terminate = kill
+
+    def join(self, timeout_s: float) -> None:
+        assert self.is_dead
+
 
 @pytest.fixture
 def children(monkeypatch: pytest.MonkeyPatch) -> list[FakeChild]:
@@ -158,3 +163,28 @@ def test_a_worker_that_stands_by_takes_the_place_of_one_that_died(children: list
     standby.is_dead = True
     launcher.replace_workers(config, 1)
     assert "--standby" not in children[4].args  # there was none
+
+
+def test_who_stands_by_with_old_code_is_not_taken(children: list[FakeChild]) -> None:
+    config = ServeConfig(model="m", data_parallel_size=2, standby_workers=1, distributed_executor_backend="local")
+    launcher = LocalLauncher()
+    launcher.start_workers(config)
+    launcher.open_frontends(config, "here")
+    wait_until(lambda: len(children) == 3, 20, "one stands by")
+    launcher.end_standby()
+    assert children[2].is_dead
+    launcher.replace_workers(config, 1)
+    assert "--standby" not in children[3].args
+    wait_until(lambda: len(children) == 5, 20, "another one stands by")
+    assert "--standby" in children[4].args
+
+
+def test_repairs_of_what_was_taken_down_say_so(children: list[FakeChild]) -> None:
+    config = ServeConfig(model="m", data_parallel_size=2)
+    launcher = LocalLauncher()
+    launcher.start_workers(config)
+    launcher.stop(0.0)
+    launcher.stop_workers(1)
+    with pytest.raises(LaunchError, match="taken down"):
+        launcher.replace_workers(config, 1)
+    assert len(children) == 2
