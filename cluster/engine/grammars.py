@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,8 @@ MAX_WAITING = 1024  # requests
 NUM_AT_ONCE = 2  # grammars that workers compile side by side: the cores are for steps
 TIMEOUT_S = 60.0  # the first grammar makes workers load the vocabulary
 _RETRY_AFTER_S = 1.0
+_ASK_AGAIN_S = 0.1
+_NOT_STARTED = pb.Refused(code=pb.Refused.UNAVAILABLE, message="no worker can compile the grammar: none has started")
 
 Ready = Callable[[pb.Refused | None], None]
 
@@ -78,15 +81,20 @@ class GrammarGate:
         ready(None if refused is None else pb.Refused(code=refused.code, message=refused.message))
 
     async def _compile(self, grammar: Grammar) -> pb.Refused | None:
-        async with self._slots:
-            stubs = [stub for group in self._groups for stub in group.stubs[group.output_rank :]]
-            errors = await asyncio.gather(*(_compile_on(stub, grammar) for stub in stubs))
-        if not errors:
-            return None
-        invalid = next((error for error in errors if error and error.code == pb.Refused.INVALID), None)
-        if invalid is not None or None in errors:  # a replica that is lost takes no requests
-            return invalid
-        return errors[0]
+        """Where all that there are meet the other ranks of their replica again, waits for them."""
+        began_s = time.monotonic()
+        while True:
+            async with self._slots:
+                stubs = [stub for group in self._groups for stub in group.stubs[group.output_rank :]]
+                errors = await asyncio.gather(*(_compile_on(stub, grammar) for stub in stubs))
+            if not errors:
+                return None
+            invalid = next((error for error in errors if error and error.code == pb.Refused.INVALID), None)
+            if invalid is not None or None in errors:  # a replica that is lost takes no requests
+                return invalid
+            if _NOT_STARTED not in errors or time.monotonic() - began_s > TIMEOUT_S:
+                return errors[0]
+            await asyncio.sleep(_ASK_AGAIN_S)
 
 
 async def _compile_on(stub: Any, grammar: Grammar) -> pb.Refused | None:
@@ -105,6 +113,8 @@ async def _compile_on(stub: Any, grammar: Grammar) -> pb.Refused | None:
         if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
             message = f"structured_outputs took the workers more than {TIMEOUT_S:.0f} s to compile"
             return pb.Refused(code=pb.Refused.INVALID, message=message)
+        if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
+            return _NOT_STARTED
         message = f"no worker can compile the grammar: {error.details() or error.code().name}"
         return pb.Refused(code=pb.Refused.UNAVAILABLE, message=message)
     return None

@@ -183,6 +183,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         self.stalled = False  # reads plans, answers none
         self.compiles = asyncio.Event()  # Compile waits for it
         self.compiles.set()
+        self.has_runner = True  # False: Compile comes before Start
         self.compiled: list[str] = []  # texts of the grammars that it was asked for
         self.imports = asyncio.Event()  # ImportBlocks waits for it with every block
         self.imports.set()
@@ -233,6 +234,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
     async def Compile(self, request: pb.CompileRequest, context: Any) -> pb.CompileResponse:
         self.compiled.append(request.grammar.text)
         await self.compiles.wait()
+        if not self.has_runner:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "Compile came before Start")
         if request.grammar.text == BAD_GRAMMAR:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a bad grammar")
         return pb.CompileResponse()

@@ -101,6 +101,19 @@ def test_a_lost_replica_does_not_keep_others_from_following() -> None:
     run(test())
 
 
+def test_who_comes_while_ranks_meet_again_waits_for_them() -> None:
+    async def test() -> None:
+        async with fake_deployment() as deployment:
+            (worker,) = deployment.workers[0]
+            worker.has_runner = False
+            waiting = asyncio.create_task(collect(deployment.client.generate(following("a+", [4, 5], 3))))
+            await until(lambda: len(worker.compiled) > 1, "the worker is asked again")
+            worker.has_runner = True
+            assert (await waiting)[0] == fake_tokens([4, 5], 3, 0)
+
+    run(test())
+
+
 @pytest.mark.parametrize("ends_first", [True, False], ids=["dead", "closed"])
 def test_who_waits_for_workers_that_are_replaced_goes_on_with_others(ends_first: bool) -> None:
     async def test() -> None:
