@@ -153,6 +153,7 @@ class Moves:
                 del self._under_way[move.id]
         for sequence in lost:
             sequence.status = Status.WAITING
+        self._counters.num_moves_failed += len(lost)
         return lost
 
     def drop(self, sequence: Sequence) -> None:

@@ -148,6 +148,8 @@ def test_when_an_end_is_lost_it_is_computed_again(lost: int | None) -> None:
         deployment.reset(lost)
         assert deployment.scheduler.num_waiting == 1
         deployment.end_move(id)
+    counters = deployment.scheduler.counters
+    assert (counters.num_moves_copied, counters.num_moves_failed) == (1, 1)
     assert all(deployment.scheduler.num_free_blocks(replica) == 32 for replica in range(2))
     deployment.run()
     deployment.assert_all_as_alone()
