@@ -17,6 +17,7 @@ from manta.cluster.launch.launcher import LaunchError
 _ADDRESS = "MANTA_ADDRESS "
 _ERROR = "MANTA_ERROR "
 _END_S = 5.0
+_KILL_S = 10.0
 _LOOK_S = 0.25
 STOPPED_S = 1.0  # a child that a signal has stopped for so long will not go on by itself
 
@@ -123,7 +124,8 @@ class ChildProcess:
         """Ends the child and its session now."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait(timeout=10)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # in a driver that hangs; others must end all the same
+            self._process.wait(timeout=_KILL_S)
 
     def join(self, timeout_s: float) -> None:
         """Waits for the end; kills the child and its session when it takes longer."""

@@ -3,6 +3,7 @@
 import io
 import os
 import signal
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -135,3 +136,16 @@ def test_a_child_that_a_signal_has_stopped_is_told_of_after_a_while(
 def _wait_for_state(pid: int, state: str) -> None:
     stat = Path(f"/proc/{pid}/stat")
     wait_until(lambda: stat.read_text().rpartition(")")[2].split()[0] == state, 20, f"state {state}")
+
+
+def test_a_child_that_cannot_be_killed_holds_nobody_up(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that a driver keeps in the kernel."""
+    child = ChildProcess("role", module, ["threading.Event().wait()"])
+
+    def wait(timeout: float | None = None) -> int:
+        raise subprocess.TimeoutExpired("role", timeout or 0.0)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(child._process, "wait", wait)
+        child.join(0.0)
+    child.join(10)
