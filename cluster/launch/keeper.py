@@ -148,6 +148,8 @@ class Keeper:
     def _begin(self, part: Part, reason: str, *, is_excused: bool) -> None:
         """`changed` is held."""
         failures = self._repairs.failures
+        if part == SCHEDULER:
+            self._num_silent = 0  # of the next one
         if not is_excused and failures.add(part, self._clock()):
             self._repairs.give_up(part, reason + failures.how_often())
             return

@@ -68,6 +68,11 @@ class Launcher(Protocol):
         """Starts a frontend in the place of one that has died, with the same ports."""
         ...
 
+    def stop_frontend(self, index: int) -> None:
+        """Ends what is left of a frontend that is not to serve: one that is stopped or stuck would still be given
+        connections."""
+        ...
+
     def renew_frontend(self, config: ServeConfig, index: int) -> None:
         """Starts another frontend beside one that serves, with the same ports; that one takes no more connections then,
         and ends when it has answered those who are connected. Returns when the new one serves."""

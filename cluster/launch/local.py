@@ -175,6 +175,11 @@ class LocalLauncher:
             child = self._frontends[index] = self._make_frontend(config, index)
         self._open(child, self._scheduler_address, self._doors, joins=True)
 
+    def stop_frontend(self, index: int) -> None:
+        with self._lock:
+            self._check_not_stopped()
+        self._frontends[index].kill()
+
     def renew_frontend(self, config: ServeConfig, index: int) -> None:
         assert self._doors is not None, "frontends have been opened"
         with self._lock:

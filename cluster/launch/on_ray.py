@@ -202,6 +202,9 @@ class RayLauncher:
         _get(self._make_frontend(config, index), _ACTOR_TIMEOUT_S, f"frontend {index}")
         self._join(index)
 
+    def stop_frontend(self, index: int) -> None:
+        self._forget(("frontend", index), self._frontends[index : index + 1])
+
     def renew_frontend(self, config: ServeConfig, index: int) -> None:
         part: Part = ("frontend", index)
         old = self._frontends[index]

@@ -177,12 +177,15 @@ class Repairs:
     def _give_up(self, part: Part, reason: str) -> None:
         """Its processes end and what they held is free while it rests."""
         role, index = part
-        if role == "worker":
-            self._workers[index] = []
-            try:
+        try:
+            if role == "worker":
+                self._workers[index] = []
                 self._launcher.stop_workers(index)
-            except LaunchError as error:
-                logger.warning("what is left of replica %d could not be ended: %s", index, error)
+            elif role == "frontend":
+                self._launcher.stop_frontend(index)
+        except LaunchError as error:
+            logger.warning("what is left of %s could not be ended: %s", name_of(part), error)
+        if role == "worker":
             self.tell_given_up(index, reason)
         with self.changed:
             given_up = self.failures.give_up(part, reason, self._clock())

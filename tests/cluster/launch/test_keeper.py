@@ -112,6 +112,9 @@ class FakeLauncher:
         self._start(("frontend", index))
         self._engine.done.append(f"frontend {index}")
 
+    def stop_frontend(self, index: int) -> None:
+        self._engine.done.append(f"frontend {index} ends")
+
     def renew_frontend(self, config: ServeConfig, index: int) -> None:
         self._start(("frontend", index))
         self._engine.done.append(f"frontend {index} beside the old one")
@@ -346,6 +349,16 @@ def test_failures_that_requests_are_to_blame_for_do_not_count(make: Callable[...
     world.launcher.dead["worker", 0] = "worker 0 was killed"
     world.look_until(lambda: world.over is not None)
     assert world.over == "worker 0 was killed (3 times within 60 s)"
+
+
+def test_a_frontend_that_is_given_up_takes_no_connections(make: Callable[..., World]) -> None:
+    """One that a signal has stopped would still be given some."""
+    world = make(api_server_count=2, restart_limit=1)
+    world.launcher.dead["frontend", 1] = "frontend 1 has been stopped by a signal"
+    world.look_until(lambda: ("frontend", 1) in world.keeper._repairs.failures.given_up)
+    world.settle()
+    assert world.engine.done == ["frontend 1 ends"]
+    assert world.over is None
 
 
 def test_others_go_on_when_one_is_given_up(make: Callable[..., World]) -> None:
