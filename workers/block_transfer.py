@@ -2,7 +2,8 @@
 
 Chunks are what gRPC's flow control lets through: a rank holds a few of them at most, whatever is copied. They are read
 and written beside the steps, not between them: the blocks of a move are nobody else's. A lock keeps a chunk that is
-being written from reaching into the next epoch, whose plans may give its blocks to others.
+being written from reaching into the next epoch, whose plans may give its blocks to others. Blocks that come for an
+epoch before its first plan wait for the end of the step under way: it may write to them.
 """
 
 import threading
@@ -44,9 +45,11 @@ class TransferError(RuntimeError):
 class BlockTransfers:
     """One rank's end of copies. Its methods run on gRPC's threads."""
 
-    def __init__(self, guard: Callable[[], EpochGuard]) -> None:
-        """guard: the one that the rank follows now."""
+    def __init__(self, guard: Callable[[], EpochGuard], finish_steps: Callable[[], None]) -> None:
+        """guard: the one that the rank follows now. finish_steps: returns when the steps whose plans have been taken
+        write no more; raises TimeoutError."""
         self._guard = guard
+        self._finish_steps = finish_steps
         self._channels: dict[str, grpc.Channel] = {}
         self._lock = threading.Lock()  # guards the channels
         self.writing = threading.Lock()  # held while blocks are written, and while a new epoch begins
@@ -70,6 +73,8 @@ class BlockTransfers:
         export = pb.ExportBlocksRequest(epoch=request.peer_epoch, blocks=request.peer_blocks, layout=own.layout)
         timeout_s = _PATIENCE_S + len(blocks) * own.block_bytes / _LEAST_BYTES_PER_S
         guard, num_written = self._guard(), 0
+        if guard.epoch != request.epoch:
+            self._begin_epoch(guard, request.epoch)
         chunks = worker_pb2_grpc.WorkerStub(self._channel(request.peer)).ExportBlocks(export, timeout=timeout_s)
         try:
             for chunk in chunks:
@@ -92,11 +97,24 @@ class BlockTransfers:
                 channel.close()
             self._channels.clear()
 
+    def _begin_epoch(self, guard: EpochGuard, epoch: int) -> None:
+        """Plans of earlier epochs are refused from now on."""
+        with self.writing:
+            self._check_epoch(guard, epoch)
+        try:
+            self._finish_steps()
+        except TimeoutError:
+            raise TransferError(f"a step from before epoch {epoch} does not end") from None
+
     def _write(self, guard: EpochGuard, epoch: int, own: "BlockBytes", blocks: Ints, data: bytes) -> None:
         with self.writing:
-            if guard is not self._guard() or not guard.admits_blocks(epoch):
-                raise TransferError(f"epoch {epoch} is over")
+            self._check_epoch(guard, epoch)
             own.write(blocks, data)
+
+    def _check_epoch(self, guard: EpochGuard, epoch: int) -> None:
+        """`writing` is held."""
+        if guard is not self._guard() or not guard.admits_blocks(epoch):
+            raise TransferError(f"epoch {epoch} is over")
 
     def _channel(self, peer: str) -> grpc.Channel:
         with self._lock:

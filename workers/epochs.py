@@ -8,7 +8,8 @@ class RefusedPlanError(RuntimeError):
 
 
 class EpochGuard:
-    """Owns epoch and step number. A higher epoch is always taken and begins with step 1."""
+    """Owns epoch and step number. A higher epoch is always taken and begins with step 1. Plans of an epoch before that
+    for which blocks have come are refused: they might write to these blocks."""
 
     def __init__(self, after: tuple[int, int] = (0, 0)) -> None:
         """after: epoch and step of the last plan that was taken before this guard; it takes any epoch."""
@@ -39,6 +40,10 @@ class EpochGuard:
 
     def admit(self, plan: StepPlan) -> bool:
         """True if the plan opens a new epoch, so that the rank must forget the old one. Raises RefusedPlanError."""
+        if plan.epoch < self._blocks_epoch:
+            raise RefusedPlanError(
+                f"step {plan.step} belongs to epoch {plan.epoch}, but blocks for epoch {self._blocks_epoch} have come"
+            )
         is_new = plan.epoch > self._epoch
         if is_new:
             self._epoch, self._step, self._failure = plan.epoch, 0, ""

@@ -135,9 +135,15 @@ def let_go(loaded: LoadedRank) -> None:
     """Frees all that belonged to the runner, to which nobody refers any more, and waits for the device."""
     gc.unfreeze()  # see `start`
     gc.collect()
+    wait_for_device(loaded)
+    if loaded.gpu_memory is not None:
+        torch.cuda.empty_cache()
+
+
+def wait_for_device(loaded: LoadedRank) -> None:
+    """Returns when all that was launched is done."""
     if loaded.gpu_memory is not None:
         torch.cuda.synchronize(loaded.mesh.device)
-        torch.cuda.empty_cache()
 
 
 def join_again(loaded: LoadedRank, placement: Placement) -> LoadedRank:

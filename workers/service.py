@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 MAX_UINT32 = 2**32 - 1
 _LET_GO_TIMEOUT_S = 10.0
+_STEP_TIMEOUT_S = 10.0  # of a copy for a step that is under way
 Answers = SimpleQueue[Callable[[], pb.StepResult] | None]  # each waits for its step; None ends the stream
 
 
@@ -54,7 +55,7 @@ class WorkerService(WorkerServicer):
         self._runner: Runner | None = None
         self._num_blocks = 0  # of the runner
         self._guard = EpochGuard()
-        self._transfers = BlockTransfers(lambda: self._guard)
+        self._transfers = BlockTransfers(lambda: self._guard, self._finish_steps)
         self._links = LinkServer(host, self.run)
         self._links.start()
 
@@ -130,6 +131,14 @@ class WorkerService(WorkerServicer):
         except Exception as error:
             self._abort(context, error)
             raise
+
+    def _finish_steps(self) -> None:
+        """Waits for the compute thread and its device. Raises TimeoutError."""
+        from manta.workers.rank import wait_for_device
+
+        loaded = self._loaded
+        if loaded is not None:
+            self._compute.call(partial(wait_for_device, loaded), _STEP_TIMEOUT_S)
 
     def _blocks(self) -> "BlockBytes":
         if self._runner is None or self._runner.blocks is None:

@@ -1,9 +1,11 @@
 """KV blocks that one worker copies from another: sequences go on there as if nothing had happened, and what comes too
 late changes nothing."""
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -14,7 +16,10 @@ from manta.protos import worker_pb2 as pb
 from manta.protos.sampling_pb2 import Sampling
 from manta.workers import block_transfer
 from manta.workers.block_bytes import HostBlocks
-from manta.workers.epochs import EpochGuard
+from manta.workers.columns import Ints
+from manta.workers.compute import ComputeThread
+from manta.workers.epochs import EpochGuard, RefusedPlanError
+from manta.workers.runner import Runner, Step
 from manta.workers.server import WorkerServer
 from tests.support.checkpoints import make_checkpoint
 from tests.support.plans import Driver, seq_add, step_plan, uint32
@@ -174,3 +179,49 @@ def test_blocks_for_a_later_epoch_end_those_for_an_earlier_one() -> None:
     assert not guard.admits_blocks(2)
     assert guard.admits_blocks(3)
     assert guard.position == (3, 1)
+
+
+def test_plans_from_before_an_epoch_for_which_blocks_have_come_are_refused() -> None:
+    guard = EpochGuard()
+    guard.admit(step_plan(1, epoch=1))
+    assert guard.admits_blocks(3)
+    for epoch in (1, 2):
+        with pytest.raises(RefusedPlanError, match="blocks for epoch 3 have come"):
+            guard.admit(step_plan(2, epoch=epoch))
+    assert guard.admit(step_plan(1, epoch=3))
+    assert not guard.admit(step_plan(2, epoch=3))
+
+
+def test_blocks_for_a_new_epoch_wait_for_the_step_under_way(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of the epoch before, whose stream is gone already, may write to the same blocks."""
+    first, second, address = pair
+    stream = first.run()
+    stream.step(step_plan(1, adds=[seq_add(0, [3, 4], blocks=[0], max_length=9)], prefill=[(0, 2)]))
+    has_begun, may_end, has_ended, written_late = (threading.Event() for _ in range(4))
+    run, write, call = Runner.run, HostBlocks.write, ComputeThread.call
+
+    def slow(runner: Runner, plan: pb.StepPlan) -> Step:
+        has_begun.set()
+        assert may_end.wait(30)
+        step = run(runner, plan)
+        has_ended.set()
+        return step
+
+    def note(blocks: HostBlocks, numbers: Ints, data: bytes) -> None:
+        if has_ended.is_set():
+            written_late.set()
+        write(blocks, numbers, data)
+
+    def wait(thread: ComputeThread, job: Callable[[], Any], timeout_s: float | None = None) -> Any:
+        may_end.set()  # somebody waits for the step
+        return call(thread, job, timeout_s)
+
+    other = second.run()
+    monkeypatch.setattr(ComputeThread, "call", wait)
+    monkeypatch.setattr(Runner, "run", slow)
+    monkeypatch.setattr(HostBlocks, "write", note)
+    other.send(step_plan(1, epoch=1, adds=[seq_add(0, [3, 4], blocks=[0], max_length=9)], prefill=[(0, 2)]))
+    assert has_begun.wait(30)
+    assert import_blocks(second, address, [0], [0], epoch=2) > 0
+    may_end.set()
+    assert written_late.is_set()
