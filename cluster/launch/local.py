@@ -63,6 +63,8 @@ class LocalLauncher:
 
     def replace_workers(self, config: ServeConfig, replica: int) -> list[str]:
         """Where some of its ranks have died, the others stay: they have their weights, and will meet the new ones."""
+        with self._lock:
+            self._check_not_stopped()
         ranks = self._workers[replica]
         living = [child for child in ranks if not (child.ended() or child.stopped())]
         if len(living) in (0, len(ranks)):
@@ -133,6 +135,8 @@ class LocalLauncher:
         return self._scheduler_address
 
     def replace_scheduler(self, config: ServeConfig, workers: list[list[str]]) -> None:
+        with self._lock:
+            self._check_not_stopped()
         if self._scheduler is not None:
             self._scheduler.kill()
         port = self._scheduler_address.rpartition(":")[2]

@@ -66,6 +66,8 @@ class RayLauncher:
     def replace_workers(self, config: ServeConfig, replica: int) -> list[str]:
         """In a placement group of its own, as the node of the old one may be gone. One that is pending makes Ray's
         autoscaler add nodes, so it is waited for."""
+        with self._lock:
+            self._check_not_stopped()
         self.stop_workers(replica)
         self._place(config, replica, self._ask_for_room(replica), None)
         calls = [worker.start.remote() for worker in self._workers[replica]]
@@ -152,6 +154,8 @@ class RayLauncher:
         return self._scheduler_address
 
     def replace_scheduler(self, config: ServeConfig, workers: list[list[str]]) -> None:
+        with self._lock:
+            self._check_not_stopped()
         self._forget(("scheduler", 0), [self._scheduler])
         self._start_scheduler(config, workers, int(self._scheduler_address.rpartition(":")[2]))
 

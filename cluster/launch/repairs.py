@@ -1,5 +1,6 @@
 """Starts parts of a deployment again, takes replicas away, gives parts up: each in a thread of its own."""
 
+import contextlib
 import logging
 import sys
 import threading
@@ -150,8 +151,9 @@ class Repairs:
                 tell(f"{name_of(part)} could not be started anew: {error}")
             return
         if role == "worker":
-            self._wait_until(lambda: SCHEDULER not in self.jobs)
-            self._retire(index)
+            with contextlib.suppress(LaunchError):
+                self._wait_until(lambda: SCHEDULER not in self.jobs)
+                self._retire(index)
         self._start(part, self._config.restart_limit)
 
     def _try(self, part: Part, is_retry: bool) -> str | None:
@@ -173,6 +175,8 @@ class Repairs:
         except (LaunchError, grpc.RpcError) as error:  # it is there still, and may be taken away later
             if not self._closed:
                 logger.warning("taking replica %d away failed: %s", replica, _why(error))
+        except Exception:  # what is to follow follows
+            logger.exception("taking replica %d away failed", replica)
 
     def _give_up(self, part: Part, reason: str) -> None:
         """Its processes end and what they held is free while it rests."""
@@ -185,6 +189,8 @@ class Repairs:
                 self._launcher.stop_frontend(index)
         except LaunchError as error:
             logger.warning("what is left of %s could not be ended: %s", name_of(part), error)
+        except Exception:  # it is given up all the same, and tried again
+            logger.exception("what is left of %s could not be ended", name_of(part))
         if role == "worker":
             self.tell_given_up(index, reason)
         with self.changed:
@@ -261,8 +267,11 @@ class Repairs:
         self._engine.ReplaceWorkers(request, timeout=_LOAD_TIMEOUT_S, wait_for_ready=True)
 
     def _wait_until(self, condition: Callable[[], bool], timeout_s: float | None = None) -> None:
+        """Raises LaunchError when the deployment is taken down first: what serves until then is left alone."""
         with self.changed:
             self.changed.wait_for(lambda: self._closed or condition(), timeout_s)
+            if self._closed and not condition():
+                raise LaunchError("the deployment is being taken down")
 
 
 def name_of(part: Part) -> str:

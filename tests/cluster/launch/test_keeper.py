@@ -554,6 +554,23 @@ def test_a_part_that_does_not_start_anew_ends_the_rolling_restart(
     assert "ends before its time: replica 0 does not serve" in capsys.readouterr().err
 
 
+def test_a_scheduler_is_left_alone_where_all_is_being_taken_down(make: Callable[..., World]) -> None:
+    """Streams end over one that serves, as in a rolling restart."""
+    world = make()
+    world.launcher.may_start_workers.clear()
+    world.launcher.dead["worker", 0] = "killed"
+    repairs = world.keeper._repairs
+    world.look_until(lambda: ("worker", 0) in repairs.jobs)
+    with repairs.changed:
+        repairs.renew(("scheduler", 0))
+        renewal = repairs._threads["scheduler", 0]
+    world.keeper.end()
+    renewal.join(20)
+    assert not renewal.is_alive()
+    world.launcher.may_start_workers.set()
+    assert not any(each.startswith("scheduler for") for each in world.engine.done)
+
+
 def test_closing_ends_a_repair(make: Callable[..., World], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("manta.cluster.launch.repairs._RETRY_S", 20.0)
     world = make()
