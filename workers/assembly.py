@@ -1,5 +1,7 @@
 """A rank's runner on a cache of its own."""
 
+from collections.abc import Mapping
+
 from manta.configs.model import ModelSpec
 from manta.configs.schema import ServeConfig
 from manta.kernels import ops
@@ -17,8 +19,11 @@ def max_model_len(config: ServeConfig, spec: ModelSpec) -> int:
     return config.max_model_len or spec.max_position
 
 
-def assemble(config: ServeConfig, model: CausalLM, num_blocks: int) -> Runner:
-    """Allocates KV blocks and the tables of steps; on a GPU records decode steps. Every rank calls it."""
+def assemble(
+    config: ServeConfig, model: CausalLM, num_blocks: int, small_files: Mapping[str, bytes] | None = None
+) -> Runner:
+    """Allocates KV blocks and the tables of steps; on a GPU records decode steps. Every rank calls it. small_files: of
+    the model, by name, where this host does not have it."""
     mesh, spec = model.mesh, model.spec
     kv_cache = allocate_kv_cache(model, num_blocks, config.block_size, model.format.kv_dtype, mesh.device)
     limits = Limits(
@@ -33,5 +38,5 @@ def assemble(config: ServeConfig, model: CausalLM, num_blocks: int) -> Runner:
     on_device = mesh.device.type == "cuda" and ops.has_gpu_kernels()
     can_record = on_device and ops.can_be_recorded() and not config.enforce_eager
     record = CudaRecorder() if can_record and spec.has_lm_head else None
-    grammars = grammars_of(config, spec) if mesh.is_last_stage else None
+    grammars = grammars_of(config, spec, small_files) if mesh.is_last_stage else None
     return Runner(stage, on_device=on_device, record=record, grammars=grammars)

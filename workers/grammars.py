@@ -6,11 +6,13 @@ sequences that follow it.
 """
 
 import re
+import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from manta.configs.model import ModelSpec
@@ -93,13 +95,21 @@ class Grammars:
                 left -= size
 
 
-def grammars_of(config: ServeConfig, spec: ModelSpec) -> Grammars:
-    """For the configured model's vocabulary. Nothing is loaded before the first grammar comes."""
-    return Grammars(partial(load_vocabulary, config, spec))
+def grammars_of(config: ServeConfig, spec: ModelSpec, small_files: Mapping[str, bytes] | None = None) -> Grammars:
+    """For the configured model's vocabulary. Nothing is loaded before the first grammar comes. small_files: of the
+    model, by name, where this host does not have it."""
+    return Grammars(partial(load_vocabulary, config, spec, small_files))
 
 
-def load_vocabulary(config: ServeConfig, spec: ModelSpec) -> "xgr.TokenizerInfo":
+def load_vocabulary(
+    config: ServeConfig, spec: ModelSpec, small_files: Mapping[str, bytes] | None = None
+) -> "xgr.TokenizerInfo":
     """The tokens of the configured tokenizer as the model numbers them. Raises GrammarError."""
+    if small_files and not config.tokenizer:
+        with tempfile.TemporaryDirectory(prefix="manta-tokenizer-") as folder:
+            for name, data in small_files.items():
+                (Path(folder) / name).write_bytes(data)
+            return load_vocabulary(config.model_copy(update={"tokenizer": folder}), spec)
     try:
         import xgrammar as xgr
     except ImportError:

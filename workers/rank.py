@@ -3,7 +3,7 @@
 import gc
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -69,13 +69,14 @@ class LoadedRank:
     profile_s: float
     gpu_memory: GpuMemory | None  # of a rank on a GPU
     folder: Path | None = None  # of the model's files, if this host has them
+    small_files: Mapping[str, bytes] | None = None  # else all but the weights, by name
 
     def start(self, num_blocks: int) -> Runner:
         """Allocates the KV blocks and runs the model once in each shape of step. Every rank calls it. Raises
         CapacityError."""
         ops.warm_up(self.dtype, self.model.format.kv_dtype, self.mesh.device)
         with _during(self.gpu_memory, f"allocating {num_blocks} KV blocks and getting ready for steps on them"):
-            runner = assemble(self.config, self.model, num_blocks)
+            runner = assemble(self.config, self.model, num_blocks, self.small_files)
             length = max_model_len(self.config, self.spec)
             run_small_steps(runner, self.config, length, generates=self.spec.has_lm_head)
         gc.collect()
@@ -126,6 +127,7 @@ def _load(config: ServeConfig, placement: Placement, files: Files) -> LoadedRank
         profile_s=time.perf_counter() - loaded_s,
         gpu_memory=memory,
         folder=files.folder if files.is_local else None,
+        small_files=None if files.is_local else {path.name: path.read_bytes() for path in files.folder.iterdir()},
     )
     logger.info("%d KV blocks fit beside %.1f MiB of weights", num_blocks, rank.weight_bytes / 2**20)
     return rank

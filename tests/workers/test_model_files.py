@@ -17,6 +17,7 @@ from manta.protos.model_files_pb2_grpc import ModelFilesStub, add_ModelFilesServ
 from manta.workers import model_files, model_source, peer_files
 from manta.workers.checkpoint import Checkpoint
 from manta.workers.checkpoint_files import RemoteFiles
+from manta.workers.grammars import GrammarError, load_vocabulary
 from manta.workers.loader import load_model
 from manta.workers.mesh import Mesh
 from manta.workers.model_files import ModelFilesService
@@ -25,6 +26,7 @@ from manta.workers.peer_files import PeerFiles, Range
 from manta.workers.server import WorkerServer
 from tests.support.checkpoints import make_checkpoint
 from tests.support.plans import Driver
+from tests.support.small_tokenizers import byte_level
 from tests.support.worker_client import WorkerClient, run_to_the_end, tiny_config
 
 CPU = torch.device("cpu")
@@ -216,7 +218,25 @@ def test_a_worker_serves_what_it_got_from_another(folder: Path, monkeypatch: pyt
     driver.take(stream.step(driver.plan([(0, len(prompt))])))
     run_to_the_end(driver, stream)
     assert driver.output(0) == expected[0, len(prompt) :].tolist()
+    loaded = servers[1]._service._loaded
+    assert loaded is not None
+    assert loaded.small_files is not None
+    assert loaded.small_files["config.json"] == (folder / "config.json").read_bytes()
+    assert not any(name.endswith(".safetensors") for name in loaded.small_files)
     third.load(config, peers=[addresses[1], addresses[0]])  # the second one has no files to give
     for client, server in zip((first, second, third), servers, strict=True):
         client.close()
         server.stop()
+
+
+def test_grammars_need_no_tokenizer_on_this_host(folder: Path, tmp_path: Path) -> None:
+    """It comes with the model's small files."""
+    pytest.importorskip("xgrammar", reason="the extra structured is not installed")
+    byte_level().save_pretrained(tmp_path)
+    spec = read_model_spec(folder).model_copy(update={"eos_token_ids": (2,)})
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    here = load_vocabulary(tiny_config(tmp_path), spec)
+    elsewhere = tiny_config(Path("/no/such/folder"))
+    assert load_vocabulary(elsewhere, spec, files).decoded_vocab == here.decoded_vocab
+    with pytest.raises(GrammarError, match="none can be loaded from '/no/such/folder'"):
+        load_vocabulary(elsewhere, spec)
