@@ -12,7 +12,7 @@ import grpc
 
 from manta.cluster.doors.startup import check_doors
 from manta.cluster.launch.keeper import Keeper
-from manta.cluster.launch.launcher import FrontendAddress, Launcher, ray_address
+from manta.cluster.launch.launcher import FrontendAddress, Launcher, LaunchError, ray_address
 from manta.cluster.launch.local import LocalLauncher, local_gpus
 from manta.cluster.launch.ready import ready_block
 from manta.cluster.preflight import check, with_absolute_paths
@@ -109,7 +109,11 @@ class Supervisor:
     def _info(self, scheduler: str) -> engine_pb2.InfoResponse:
         with grpc.insecure_channel(scheduler) as channel:
             stub = engine_pb2_grpc.EngineStub(channel)
-            info: engine_pb2.InfoResponse = stub.GetInfo(engine_pb2.InfoRequest(), timeout=_INFO_TIMEOUT_S)
+            try:
+                info: engine_pb2.InfoResponse = stub.GetInfo(engine_pb2.InfoRequest(), timeout=_INFO_TIMEOUT_S)
+            except grpc.RpcError as error:
+                why = error.details() if isinstance(error, grpc.Call) else error
+                raise LaunchError(f"the scheduler has started but does not answer: {why}") from None
             return info
 
     def _watch(self, launcher: Launcher, scheduler: str) -> str | None:
