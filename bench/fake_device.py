@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 import types
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ class Placement:
     rendezvous_host: str
     rendezvous_port: int
     store: Any
+    meeting: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,8 @@ class FakeStep:
 
 class FakeRunner:
     """Slots as columns; follows the rules in protos/worker.proto."""
+
+    blocks = None  # it has none that could be copied
 
     def __init__(self, config: ServeConfig, is_output_rank: bool, vocab_size: int) -> None:
         self.is_output_rank = is_output_rank
@@ -145,8 +149,9 @@ class FakeRank:
     weight_bytes = 1
     bytes_per_block = 1
     load_s = profile_s = 0.0
+    folder = None
 
-    def __init__(self, config: ServeConfig, placement: Placement) -> None:
+    def __init__(self, config: ServeConfig, placement: Placement, peers: Sequence[str] = ()) -> None:
         self._config = config
         is_last_stage = placement.pp_rank == config.pipeline_parallel_size - 1
         self.runner = FakeRunner(config, is_last_stage and placement.tp_rank == 0, _spec(config).vocab_size)

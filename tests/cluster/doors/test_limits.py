@@ -74,7 +74,7 @@ COMPLETIONS = st.fixed_dictionaries(
         "echo": st.sampled_from([False, False, True]),
     }
 )
-CONTENT = st.text(max_size=30) | st.lists(st.fixed_dictionaries({}, optional={"text": st.text(max_size=9)}), max_size=2)
+CONTENT = st.text(max_size=30) | st.lists(st.fixed_dictionaries({"text": st.text(max_size=9)}), max_size=2)
 FUNCTION = st.fixed_dictionaries(
     {"name": st.sampled_from(["f", "g", "", "f" * 129])},
     optional={
