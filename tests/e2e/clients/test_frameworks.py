@@ -1,6 +1,7 @@
 """Frameworks over the OpenAI and Anthropic APIs, against the real server. Each is skipped where it is not installed:
 `pip install litellm mcp instructor llama-index-llms-openai-like`."""
 
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -14,6 +15,11 @@ ANSWER = "SELECT COUNT(*) FROM employees"
 MESSAGES = [{"role": "user", "content": QUESTION}]
 
 
+def needs(module: str, name: str) -> pytest.MarkDecorator:
+    """Skips before a server is started for nothing."""
+    return pytest.mark.skipif(find_spec(module) is None, reason=f"{name} is not installed")
+
+
 class Weather(BaseModel):
     """The weather of some hours."""
 
@@ -24,9 +30,10 @@ class Weather(BaseModel):
 @pytest.fixture
 def litellm(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else it asks for prices when it is imported
-    return pytest.importorskip("litellm", reason="litellm is not installed")
+    return pytest.importorskip("litellm")
 
 
+@needs("litellm", "litellm")
 @pytest.mark.parametrize(
     ("model", "path"), [("openai", "/v1"), ("hosted_vllm", "/v1"), ("anthropic", "")], ids=lambda value: value
 )
@@ -40,6 +47,7 @@ def test_litellm_chat(server: ServerProcess, litellm: Any, model: str, path: str
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == ANSWER
 
 
+@needs("litellm", "litellm")
 def test_litellm_texts_and_vectors(server: ServerProcess, litellm: Any) -> None:
     fields = {"api_base": f"{server.url}/v1", "api_key": "none"}
     text = litellm.text_completion(
@@ -51,9 +59,10 @@ def test_litellm_texts_and_vectors(server: ServerProcess, litellm: Any) -> None:
     assert len(vectors[0]["embedding"]) == len(vectors[1]["embedding"]) > 0
 
 
+@needs("instructor", "instructor")
 @pytest.mark.parametrize("mode", ["TOOLS", "TOOLS_STRICT", "JSON_SCHEMA"])
 def test_instructor(server: ServerProcess, mode: str) -> None:
-    instructor = pytest.importorskip("instructor", reason="instructor is not installed")
+    instructor = pytest.importorskip("instructor")
     pytest.importorskip("xgrammar", reason="the extra structured is not installed")
     openai = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
     client = instructor.from_openai(openai, mode=instructor.Mode[mode])
@@ -61,8 +70,9 @@ def test_instructor(server: ServerProcess, mode: str) -> None:
     assert isinstance(client.chat.completions.create(response_model=Weather, **fields), Weather)
 
 
+@needs("llama_index", "llama-index")
 def test_llama_index(server: ServerProcess) -> None:
-    openai_like = pytest.importorskip("llama_index.llms.openai_like", reason="llama-index is not installed")
+    openai_like = pytest.importorskip("llama_index.llms.openai_like")
     messages = pytest.importorskip("llama_index.core.llms")
     fields = {"model": "text2sql", "api_base": f"{server.url}/v1", "api_key": "none", "temperature": 0}
     chat = openai_like.OpenAILike(is_chat_model=True, max_tokens=40, **fields)
